@@ -1,0 +1,287 @@
+"""Pieces of the static pages: pictures with boxes, captions with coloured phrases.
+
+Here records become plain numbers and text; `pieces.html` turns these into markup, so that all that
+came from data passes through jinja2's escaping. A phrase has one number and one colour, shared by
+its words in the caption, its boxes and its legend line; the number serves who can't tell colours.
+"""
+
+import base64
+import re
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glipv2.pipeline.errors import BadSample
+from glipv2.pipeline.images import decode_image, encode_jpeg
+from glipv2.pipeline.records import Record, Region
+
+PALETTE = (
+    ("#00897b", "#ffffff"),
+    ("#d6249f", "#ffffff"),
+    ("#f57c00", "#1a1a1a"),
+    ("#5b5bd6", "#ffffff"),
+    ("#84b000", "#1a1a1a"),
+    ("#0288d1", "#ffffff"),
+    ("#d32f2f", "#ffffff"),
+    ("#8d6e63", "#ffffff"),
+    ("#f2b400", "#1a1a1a"),
+    ("#37474f", "#ffffff"),
+)
+"""(box, text on it): told apart on photographs, each box also gets a white rim."""
+LONG_SIDE = 480
+"""Pictures are shrunk to this many pixels: twice the width of a card."""
+TAG_SHARE = 0.062
+"""Height of the number on a box relative to the picture's longer side."""
+SOURCE_FIELDS = ("source", "title", "author", "licence", "license", "url")
+"""Provenance that a reader of pictures needs; the rest identifies how they were made."""
+MAX_LISTED_SCORES = 3
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+"""Control characters, direction overrides and lone surrogates: no page can hold or show them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """One box on a picture, in pixels of the stored image."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    tag: str
+    """What stands in the box's corner: the number of its phrase."""
+    color: str
+    ink: str
+    """Readable on `color`."""
+    title: str
+    dashed: bool = False
+    """For boxes that are wrong or only hinted at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image and the boxes over it."""
+
+    uri: str
+    """data: URI, or empty with the reason in `problem`."""
+    width: int
+    height: int
+    alt: str
+    marks: tuple[Mark, ...]
+    problem: str = ""
+    tag_share: float = TAG_SHARE
+
+    @property
+    def tag(self) -> float:
+        """Height of a tag, in pixels of the stored image."""
+        return round(self.tag_share * max(self.width, self.height), 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A stretch of a caption that belongs to one phrase or to none (color empty)."""
+
+    text: str
+    color: str = ""
+    number: str = ""
+    """Set on the last piece of a phrase."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LegendLine:
+    """One phrase or category under the picture."""
+
+    number: str
+    name: str
+    color: str
+    detail: str
+    """Scores and how many boxes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """All that a page shows of one record."""
+
+    key: str
+    picture: Picture
+    caption: tuple[Piece, ...]
+    legend: tuple[LegendLine, ...]
+    notes: tuple[tuple[str, str], ...]
+    """(name, value) of the task and the provenance."""
+
+
+def record_card(record: Record, categories: Sequence[str] = (), brief: bool = False) -> Card:
+    """The card of a record; `brief` keeps only the origin of its provenance."""
+    numbers: dict[Hashable, int] = {}
+    regions = [r for r in record.regions if _phrase_id(r) is not None]
+    for region in sorted(regions, key=lambda r: r.spans or ((0, 0),)):
+        numbers.setdefault(_phrase_id(region), len(numbers))
+    names = [_name(region, record, categories) for region in record.regions]
+    marks = tuple(
+        box_mark(region.box, name, numbers.get(_phrase_id(region), 0), region.score)
+        for region, name in zip(record.regions, names, strict=True)
+    )
+    alt = plain_text(record.caption) or ", ".join(dict.fromkeys(names)) or "no caption"
+    uri, problem = picture_uri(record.image)
+    return Card(
+        key=record.key,
+        picture=Picture(
+            uri=uri,
+            width=record.width,
+            height=record.height,
+            alt=alt,
+            marks=marks,
+            problem=problem,
+        ),
+        caption=caption_pieces(record, numbers),
+        legend=_legend(record, names, numbers),
+        notes=_notes(record, brief),
+    )
+
+
+def box_mark(
+    box: Sequence[float], name: str, number: int, score: float = 1.0, dashed: bool = False
+) -> Mark:
+    """A box in the colour of phrase `number` (from 0); box is xyxy in pixels of the image."""
+    x0, y0, x1, y1 = box
+    color, ink = PALETTE[number % len(PALETTE)]
+    return Mark(
+        x=round(x0, 2),
+        y=round(y0, 2),
+        width=round(x1 - x0, 2),
+        height=round(y1 - y0, 2),
+        tag=str(number + 1),
+        color=color,
+        ink=ink,
+        title=plain_text(name) if score == 1 else f"{plain_text(name)} {score:.2f}",
+        dashed=dashed,
+    )
+
+
+def caption_pieces(record: Record, numbers: dict[Hashable, int]) -> tuple[Piece, ...]:
+    """The caption cut where phrases begin and end; of nested phrases the shortest colours."""
+    spans = [(s, e, numbers[r.spans]) for r in record.regions for s, e in r.spans]
+    edges = sorted({0, len(record.caption), *(edge for s, e, _ in spans for edge in (s, e))})
+    pieces = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        covering = [span for span in spans if span[0] <= start and end <= span[1]]
+        text = plain_text(record.caption[start:end])
+        if not covering:
+            pieces.append(Piece(text=text))
+            continue
+        _, stop, number = min(covering, key=lambda span: (span[1] - span[0], span))
+        ends = str(number + 1) if stop == end else ""
+        pieces.append(Piece(text=text, color=palette_color(number), number=ends))
+    return tuple(pieces)
+
+
+def picture_uri(image: bytes, long_side: int = LONG_SIDE) -> tuple[str, str]:
+    """(data URI of a JPEG at most `long_side` pixels long, problem if it can't be decoded)."""
+    from PIL import Image
+
+    try:
+        image_3HW = decode_image(image)
+    except BadSample as bad:
+        return "", bad.reason
+    height, width = image_3HW.shape[1:]
+    if max(height, width) <= long_side:
+        jpeg = encode_jpeg(image_3HW, 88)
+    else:
+        small = Image.fromarray(image_3HW.permute(1, 2, 0).numpy())
+        small.thumbnail((long_side, long_side), Image.Resampling.LANCZOS)
+        jpeg = _jpeg(small)
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode(), ""
+
+
+def palette_color(number: int) -> str:
+    """Colour of phrase `number` (from 0)."""
+    return PALETTE[number % len(PALETTE)][0]
+
+
+def plain_text(text: object) -> str:
+    """Text that a page can hold: same length, unprintable characters replaced. Not yet escaped."""
+    return _UNPRINTABLE.sub("\ufffd", str(text))
+
+
+def render(template: str, **values: Any) -> bytes:
+    """A page from a template of this folder, escaped by default, as UTF-8."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["plain"] = plain_text
+    return environment.get_template(template).render(**values).encode()
+
+
+def frame_ratio(pictures: Sequence[Picture]) -> float:
+    """Width / height of the frames of a gallery: the middle one of its pictures, within reason."""
+    ratios = sorted(picture.width / picture.height for picture in pictures) or [1.0]
+    return round(min(max(ratios[len(ratios) // 2], 0.8), 1.6), 3)
+
+
+def _jpeg(image: Any) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=82, optimize=True)
+    return buffer.getvalue()
+
+
+def _phrase_id(region: Region) -> Hashable:
+    """What makes two regions the same phrase: their words, or their category."""
+    if region.spans:
+        return region.spans
+    return region.category if region.category is not None else region.phrase
+
+
+def _name(region: Region, record: Record, categories: Sequence[str]) -> str:
+    if region.phrase:
+        return region.phrase
+    if region.category is not None and region.category < len(categories):
+        return categories[region.category]
+    return " … ".join(record.caption[start:end] for start, end in region.spans) or "unnamed"
+
+
+def _legend(
+    record: Record, names: Sequence[str], numbers: dict[Hashable, int]
+) -> tuple[LegendLine, ...]:
+    """One line a phrase: its boxes' scores; without any score of a model only their count."""
+    lines = []
+    for phrase, number in numbers.items():
+        own = [i for i, region in enumerate(record.regions) if _phrase_id(region) == phrase]
+        scores = sorted((record.regions[i].score for i in own), reverse=True)
+        lines.append(
+            LegendLine(
+                number=str(number + 1),
+                name=plain_text(names[own[0]]),
+                color=palette_color(number),
+                detail=score_text(scores),
+            )
+        )
+    return tuple(lines)
+
+
+def score_text(scores: Sequence[float]) -> str:
+    """`0.91, 0.87`, `12 × 0.40–0.93`, or `× 3` for human labels (all 1)."""
+    if all(score == 1 for score in scores):
+        return f"× {len(scores)}" if len(scores) > 1 else ""
+    if len(scores) <= MAX_LISTED_SCORES:
+        return ", ".join(f"{score:.2f}" for score in scores)
+    return f"{len(scores)} × {min(scores):.2f}–{max(scores):.2f}"
+
+
+def _notes(record: Record, brief: bool) -> tuple[tuple[str, str], ...]:
+    shown = {"task": record.task, **record.provenance}
+    return tuple(
+        (plain_text(name), plain_text(value))
+        for name, value in shown.items()
+        if isinstance(value, (str, int, float)) and value != ""
+        if name in SOURCE_FIELDS or not brief
+    )

@@ -1,0 +1,209 @@
+"""glipv2 pretrain RECIPE: shards -> batches -> losses -> checkpoints; run again, it resumes."""
+
+import argparse
+import json
+import logging
+import os
+import time
+from typing import Any
+
+from glipv2.pipeline import storage
+from glipv2.pipeline.config import RunConfig
+from glipv2.pipeline.config_loader import dump_config, load_config
+from glipv2.pipeline.errors import ConfigError
+from glipv2.pipeline.launch import exclusive, launch_ranks, under_launcher
+
+log = logging.getLogger(__name__)
+
+Saved = tuple[str, dict[str, bytes]]
+"""URL and files of a checkpoint."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML file, see infra/recipes/")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, applied last")
+    parser.add_argument("--phase", help="a phase of the recipe, for example teacher")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.recipe, arguments.overrides, arguments.phase)
+    if under_launcher():
+        train(config)
+    else:
+        pretrain(config)
+    return 0
+
+
+def pretrain(config: RunConfig) -> str:
+    """Train to the last step, on ranks of this machine; returns the run folder.
+
+    A finished run returns at once; an interrupted one goes on from its newest checkpoint.
+    """
+    check_mixture(config)
+    with exclusive(config.run_dir):
+        resolved = storage.join(config.run_dir, "config.yaml")
+        storage.write_bytes(resolved, dump_config(config).encode())
+        if not is_finished(config):
+            arguments = ["pretrain", resolved]
+            launch_ranks(arguments, config.train.processes, config.train.threads)
+    return config.run_dir
+
+
+def is_finished(config: RunConfig) -> bool:
+    from glipv2.pipeline.checkpoint import committed_steps
+
+    return config.train.steps in committed_steps(config.run_dir)
+
+
+def check_mixture(config: RunConfig) -> None:
+    """Everything that can be refused before a process is started is refused here."""
+    if not config.data.mixture:
+        raise ConfigError("data.mixture is empty: name at least one shard set and its share")
+    from glipv2.pipeline.loader import lane_count
+    from glipv2.pipeline.shard_reader import check_shard_sizes, open_shard_set
+
+    lane_count(config.data, config.train.global_batch, config.train.processes)
+    for name in config.data.mixture:
+        check_shard_sizes(open_shard_set(config.set_url(name)))
+
+
+def train(config: RunConfig) -> None:
+    """The body of one rank; all ranks run it."""
+    import torch
+
+    from glipv2.pipeline import dist
+    from glipv2.pipeline.checkpoint import newest_checkpoint
+    from glipv2.pipeline.engine import build_engine, init_distributed, train_step
+
+    dist.die_with_parent()
+    torch.set_num_threads(config.train.threads)
+    init_distributed()
+    saved = newest_checkpoint(config.run_dir)
+    model, tokenizer = initial_model(config, saved)
+    loader = _build_loader(config, tokenizer)
+    engine = build_engine(
+        model.to(dist.local_device()), config.train, config.train.global_batch // dist.world_size()
+    )
+    first_step, position = restore(saved, engine, loader)
+    run = Recorder(config, tokenizer, first_step)
+    collectives = dist.collectives()
+    for step, (batch, consumed) in enumerate(loader.batches(position), start=first_step):
+        if step == config.train.steps:
+            break
+        waited = time.monotonic()
+        torch.manual_seed(config.seed * 1_000_003 + step * 1009 + dist.rank())  # dropout only
+        batch = batch.to(dist.local_device())
+        values = train_step(engine, batch, step, config.train, config.losses, collectives)
+        run.step(step, values, time.monotonic() - waited)
+        if (step + 1) % config.train.checkpoint_every == 0 or step + 1 == config.train.steps:
+            run.save(engine, step + 1, consumed)
+    run.close()
+
+
+def initial_model(config: RunConfig, saved: Saved | None) -> tuple[Any, Any]:
+    """The model to train and its tokenizer: from the run's own checkpoint, else from `train.init`,
+    else with random weights from the seed."""
+    from glipv2.model.glip import build_model
+    from glipv2.model.tokenizer import Tokenizer, tiny_vocab
+    from glipv2.model.weights import model_from_files
+    from glipv2.pipeline.checkpoint import load_model
+
+    if saved is None and not config.train.init:
+        tokenizer = Tokenizer.from_vocab(tiny_vocab(), config.model.text_encoder.max_tokens)
+        return build_model(config.model, config.seed), tokenizer
+    if saved is not None:
+        source, (model, tokenizer) = saved[0], model_from_files(saved[1])
+    else:
+        source = config.run_url(str(config.train.init))
+        model, tokenizer = load_model(source)
+    if model.config != config.model:
+        raise ConfigError(f"the model of {source} has other sizes than this recipe's `model`")
+    return model.train(), tokenizer
+
+
+def _build_loader(config: RunConfig, tokenizer: Any) -> Any:
+    from glipv2.pipeline import dist
+    from glipv2.pipeline.loader import build_loader
+    from glipv2.pipeline.quarantine import Quarantine
+    from glipv2.pipeline.shard_reader import open_shard_set
+
+    sets = {name: open_shard_set(config.set_url(name)) for name in config.data.mixture}
+    return build_loader(
+        config.data,
+        config.train.global_batch,
+        sets,
+        tokenizer,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        seed=config.seed,
+        on_bad=Quarantine(storage.join(config.run_dir, "quarantine.jsonl")),
+    )
+
+
+def restore(saved: Saved | None, engine: Any, loader: Any) -> tuple[int, Any]:
+    """Put optimiser and stream back where a checkpoint left them: (first step to run, position)."""
+    from safetensors.torch import load
+
+    from glipv2.pipeline.optimizer_state import load_full_state
+    from glipv2.pipeline.stream import Position
+
+    if saved is None:
+        return 0, loader.start()
+    url, files = saved
+    state = json.loads(files["trainer.json"])
+    position = Position.from_dict(state["position"])
+    weights = load(files["model.safetensors"])
+    load_full_state(engine, weights, load(files["optimizer.safetensors"]), state["step"])
+    log.info("resumed from %s", url)
+    return state["step"], position
+
+
+class Recorder:
+    """What a run leaves behind while it trains: bar, loss log, checkpoints (main rank only)."""
+
+    def __init__(self, config: RunConfig, tokenizer: Any, first_step: int) -> None:
+        from glipv2.pipeline import dist
+        from glipv2.pipeline.progress import bar
+        from glipv2.pipeline.runlog import LossLog
+
+        self.config, self.tokenizer = config, tokenizer
+        self.main = dist.is_main()
+        if self.main:
+            name = os.path.basename(config.run_dir.rstrip("/"))
+            self.bar = bar(config.train.steps, f"pretrain {name}", "step", first_step)
+            self.losses = LossLog(config.run_dir, first_step)
+
+    def step(self, step: int, values: dict[str, float], seconds: float) -> None:
+        if not self.main:
+            return
+        self.losses.append(step, values)
+        rate = self.config.train.global_batch / max(seconds, 1e-9)
+        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:.0f} img/s", refresh=False)
+        self.bar.update(1)
+
+    def save(self, engine: Any, step: int, position: Any) -> None:
+        """Commit a checkpoint at `step`; every rank must call it."""
+        from safetensors.torch import save
+
+        from glipv2.model.weights import model_files
+        from glipv2.pipeline import dist
+        from glipv2.pipeline.checkpoint import prune_checkpoints, save_checkpoint
+        from glipv2.pipeline.optimizer_state import full_state
+        from glipv2.pipeline.stream import merge_positions
+
+        weights, moments = full_state(engine)
+        positions = dist.gather_objects(position)
+        if self.main:
+            self.losses.flush()
+            trainer = {"step": step, "position": merge_positions(positions).to_dict()}
+            files = model_files(engine.module, self.tokenizer)
+            files["model.safetensors"] = save(weights)
+            files["optimizer.safetensors"] = save(moments)
+            files["trainer.json"] = json.dumps(trainer).encode()
+            save_checkpoint(self.config.run_dir, step, files)
+            prune_checkpoints(self.config.run_dir, self.config.train.keep_checkpoints)
+        dist.barrier()
+
+    def close(self) -> None:
+        if self.main:
+            self.bar.close()

@@ -1,0 +1,206 @@
+"""glipv2 report: one static page that tells what a finished main job found.
+
+Reads only what the run folder holds; a part whose file is missing says so and the rest is shown.
+"""
+
+import argparse
+import json
+from collections import Counter
+from typing import Any
+
+from glipv2.jobs.page import render
+from glipv2.jobs.plots import Plot, Series, line_plot
+from glipv2.jobs.report_numbers import (
+    METRICS,
+    MODELS,
+    duration,
+    headline_facts,
+    result_rows,
+    verdict,
+)
+from glipv2.jobs.report_pictures import Gallery, examples, gallery
+from glipv2.pipeline import storage
+from glipv2.pipeline.errors import DataError
+
+LOSS_TERMS = {
+    "loss": "Total loss",
+    "box": "Localisation (box)",
+    "centerness": "Centerness",
+    "token": "Region-word alignment",
+    "inter_image": "Inter-image contrast",
+    "mlm": "Masked language modelling",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `glipv2 report`."""
+    parser.add_argument("run_dir", help="folder of a main job, for example runs/quickstart")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and say where it is."""
+    print(f"report: {write_report(args.run_dir)}")  # noqa: T201 - the answer of the command
+    return 0
+
+
+def write_report(run_dir: str) -> str:
+    """RUN/report.html from what the run folder holds; returns its path.
+
+    The page is one self-contained file: no script, nothing loaded from elsewhere.
+    """
+    summary = _json(run_dir, "summary.json")
+    if summary is None:
+        raise DataError(
+            f"{storage.join(run_dir, 'summary.json')} is missing, so there is nothing to report: "
+            "is this the folder of a main job (glipv2 run)? Run it again to finish it."
+        )
+    config_text = _text(run_dir, "config.yaml")
+    config = _yaml(config_text, storage.join(run_dir, "config.yaml"))
+    threshold = _json(run_dir, "labels/threshold.json")
+    page = render(
+        "report.html",
+        name=str(run_dir).rstrip("/").rsplit("/", 1)[-1],
+        verdict=verdict(summary),
+        facts=headline_facts(summary),
+        columns=METRICS,
+        rows=result_rows(summary),
+        losses=_loss_plots(run_dir),
+        curves=_curve_plots(run_dir),
+        labels=summary.get("labels") or {},
+        threshold=threshold,
+        threshold_plot=_threshold_plot(threshold),
+        galleries=_galleries(run_dir, config),
+        examples=examples(run_dir, _set_url(run_dir, config, _validation_set(config))),
+        skipped=_skipped(run_dir),
+        times=_times(summary.get("seconds", {})),
+        total_time=duration(sum(summary.get("seconds", {}).values())),
+        config=config_text,
+        summary=json.dumps(summary, indent=1),
+        versions=_json(run_dir, "versions.json"),
+    )
+    path = storage.join(run_dir, "report.html")
+    storage.write_bytes(path, page)
+    return path
+
+
+def _loss_plots(run_dir: str) -> list[Plot]:
+    logs = {m: _lines(run_dir, f"{m}/losses.jsonl") for m in MODELS}
+    plots = [
+        line_plot(
+            title,
+            [
+                Series(name=m, style=m, points=[(e["step"], e[t]) for e in logs[m] if t in e])
+                for m in MODELS
+            ],
+            "step",
+        )
+        for t, title in LOSS_TERMS.items()
+    ]
+    return [plot for plot in plots if plot]
+
+
+def _curve_plots(run_dir: str) -> list[Plot]:
+    curves = _json(run_dir, "eval/curves.json") or {}
+    points = [point for own in curves.values() for point in own]
+    metrics = dict.fromkeys(key for point in points for key in point if key != "step")
+    plots = [
+        line_plot(
+            metric.replace("_", " ").replace("ap50", "AP50"),
+            [
+                Series(name=m, style=m, points=[(p["step"], p[metric]) for p in own if metric in p])
+                for m, own in curves.items()
+            ],
+            "step",
+            y_range=(0, 1),
+        )
+        for metric in metrics
+    ]
+    return [plot for plot in plots if plot]
+
+
+def _threshold_plot(threshold: dict[str, Any] | None) -> Plot | None:
+    if not threshold:
+        return None
+    curve = threshold["curve"]
+    return line_plot(
+        "Precision and recall of what a threshold keeps",
+        [
+            Series(name=name, style=style, points=[(p["threshold"], p[name]) for p in curve])
+            for name, style in (("precision", "accent"), ("recall", "second"))
+        ],
+        "score threshold",
+        y_range=(0, 1),
+        marker=(threshold["threshold"], f"{threshold['threshold']:g}"),
+    )
+
+
+def _galleries(run_dir: str, config: dict[str, Any]) -> list[Gallery]:
+    """One a labelled set, in the order of the configuration."""
+    data = _data_root(run_dir, config)
+    names = list((config.get("label", {}).get("inputs") or {}).values())
+    if not names:
+        names = [name for name in storage.list_names(data) if name.endswith("_labelled")]
+    found = (gallery(_set_url(run_dir, config, name)) for name in names)
+    return [shown for shown in found if shown]
+
+
+def _skipped(run_dir: str) -> list[dict[str, Any]] | None:
+    """Quarantined samples by stage and reason, most frequent first; None without the file."""
+    if not storage.exists(storage.join(run_dir, "quarantine.jsonl")):
+        return None
+    lines = _lines(run_dir, "quarantine.jsonl")
+    counts = Counter((line["stage"], line["reason"]) for line in lines)
+    first = {(line["stage"], line["reason"]): line for line in reversed(lines)}
+    return [
+        {"stage": stage, "reason": reason, "count": count, "example": first[stage, reason]}
+        for (stage, reason), count in counts.most_common()
+    ]
+
+
+def _times(seconds: dict[str, float]) -> list[tuple[str, str, float]]:
+    """(stage, duration, share of the longest in percent)."""
+    longest = max(seconds.values(), default=0) or 1
+    return [(name, duration(s), round(100 * s / longest, 1)) for name, s in seconds.items()]
+
+
+def _data_root(run_dir: str, config: dict[str, Any]) -> str:
+    return config.get("data", {}).get("root") or storage.join(run_dir, "data")
+
+
+def _validation_set(config: dict[str, Any]) -> str:
+    return config.get("eval", {}).get("detection") or "toy_val"
+
+
+def _set_url(run_dir: str, config: dict[str, Any], name: str) -> str:
+    return name if "/" in name else storage.join(_data_root(run_dir, config), name)
+
+
+def _text(run_dir: str, name: str) -> str | None:
+    url = storage.join(run_dir, name)
+    return storage.read_bytes(url).decode(errors="replace") if storage.exists(url) else None
+
+
+def _json(run_dir: str, name: str) -> Any:
+    text = _text(run_dir, name)
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{storage.join(run_dir, name)} is no valid JSON: {error}") from error
+
+
+def _lines(run_dir: str, name: str) -> list[dict[str, Any]]:
+    """Entries of a .jsonl file; a last line cut off by a kill is left out."""
+    lines = (_text(run_dir, name) or "").split("\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise DataError(f"{storage.join(run_dir, name)} is no valid JSONL: {error}") from error
+
+
+def _yaml(text: str | None, url: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        return yaml.safe_load(text or "") or {}
+    except yaml.YAMLError as error:
+        raise DataError(f"{url} is no valid YAML: {error}") from error

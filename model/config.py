@@ -1,0 +1,204 @@
+"""The numbers that decide the shape of the model, and the named presets."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+PresetName = Literal["tiny", "T", "B", "L", "H"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig:
+    embed_dim: int = 96
+    """Width of the first Swin stage; stage s is 2**s times as wide."""
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window: int = 7
+    drop_path: float = 0.2
+
+    def __post_init__(self) -> None:
+        if len(self.depths) != 4 or len(self.num_heads) != 4:
+            raise ValueError("image_encoder.depths and num_heads need four entries, one a stage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    max_tokens: int = 256
+    """Longest text, special tokens included; longer prompts are split by the caller."""
+    vocab_size: int = 30522
+    dropout: float = 0.1
+    word_init_std: float = 0.02
+    """Spread of the word embeddings at initialisation; tiny models learn faster with 0.3."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(
+                f"text_encoder.width {self.width} must be a multiple of its {self.heads} heads"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """The resolution at prediction time."""
+
+    short_side: int = 800
+    """Images are resized so that their shorter side has this many pixels ..."""
+    long_side: int = 1333
+    """... unless the longer one would exceed this."""
+    pad_to: tuple[int, int] | None = None
+    """(height, width) every resized image is padded to; null pads to the next multiple of 32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """How much each term counts in the sum that is minimised; 0 leaves a term out."""
+
+    box: float = 2.0
+    centerness: float = 1.0
+    token: float = 1.0
+    inter_image: float = 1.0
+    mlm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    preset: PresetName = "T"
+    """Where the other fields of this section start from; see `preset`."""
+    image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    input: InputConfig = field(default_factory=InputConfig)
+    width: int = 256
+    """Channels of the pyramid, the fusion tower and the heads."""
+    levels: int = 5
+    """Pyramid levels, 3 to 5; the finest has stride 8."""
+    anchor_scale: float = 8.0
+    """Side of the one square anchor of a location, in strides of its level."""
+    fusion_blocks: int = 6
+    """Blocks of image-text attention + BERT layer + DyConv; 0 blocks is not allowed."""
+    fusion: bool = True
+    """False keeps only the DyConv of each block: the GLIP-T(A) layout."""
+    fusion_width: int = 2048
+    fusion_heads: int = 8
+    fusion_dropout: float = 0.1
+    fusion_scale: float | None = None
+    """Initial layer scale of image-text attention; null is GLIP's 1 / fusion_blocks."""
+    group_norm_groups: int = 16
+    contrast_width: int = 64
+    """Width of the projections that the inter-image contrast compares."""
+    contrast_regions: int = 100
+    """Anchors of each image that take part in the inter-image contrast."""
+    drop_block: bool = True
+    """GLIP's DropBlock (p 0.3, block 3) on the two finest merged maps, while training only."""
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.levels <= 5:
+            raise ValueError(f"model.levels must be 3, 4 or 5, not {self.levels}")
+        if self.fusion_blocks < 1:
+            raise ValueError("model.fusion_blocks must be at least 1")
+        for name, divisor in (
+            ("width", self.group_norm_groups),
+            ("width", 4),  # DyReLU squeezes to a quarter
+            ("fusion_width", self.fusion_heads),
+        ):
+            if getattr(self, name) % divisor:
+                raise ValueError(f"model.{name} must be a multiple of {divisor}")
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of the padded input image between neighbouring locations, finest level first."""
+        return tuple(8 * 2**level for level in range(self.levels))
+
+
+TINY = ModelConfig(
+    preset="tiny",
+    image_encoder=ImageEncoderConfig(
+        embed_dim=32, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8), window=4, drop_path=0.0
+    ),
+    text_encoder=TextEncoderConfig(
+        width=64, layers=2, heads=4, max_tokens=160, vocab_size=1024, dropout=0.0, word_init_std=0.3
+    ),
+    input=InputConfig(short_side=128, long_side=128, pad_to=(128, 128)),
+    width=64,
+    levels=3,
+    anchor_scale=3.5,
+    fusion_blocks=2,
+    fusion_width=128,
+    fusion_heads=4,
+    fusion_dropout=0.0,
+    fusion_scale=0.02,
+    contrast_width=32,
+    contrast_regions=32,
+    drop_block=False,
+)
+"""Learns a toy world on two CPU cores in minutes; for tests and the quickstart."""
+
+GLIP_T = ModelConfig(preset="T")
+"""GLIP-T and GLIPv2-T: Swin-T, BERT-base, six blocks (232 M parameters)."""
+
+GLIPV2_B = ModelConfig(
+    preset="B",
+    image_encoder=ImageEncoderConfig(
+        embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window=12, drop_path=0.3
+    ),
+    fusion_blocks=8,
+)
+"""GLIPv2-B: Swin-B, eight blocks. The text encoder of the paper is uncertain: BERT-base here."""
+
+GLIP_L = ModelConfig(
+    preset="L",
+    image_encoder=ImageEncoderConfig(
+        embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window=12, drop_path=0.4
+    ),
+    fusion_blocks=8,
+)
+"""GLIP-L: Swin-L, BERT-base, eight blocks (430 M parameters)."""
+
+GLIPV2_H = ModelConfig(
+    preset="H",
+    image_encoder=ImageEncoderConfig(
+        embed_dim=352, depths=(2, 2, 18, 2), num_heads=(11, 22, 44, 88), window=7, drop_path=0.4
+    ),
+    fusion_blocks=8,
+)
+"""The size of GLIPv2-H. CoSwin-H was never public: this is a plain Swin of that size."""
+
+PRESETS: dict[str, ModelConfig] = {
+    config.preset: config for config in (TINY, GLIP_T, GLIPV2_B, GLIP_L, GLIPV2_H)
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The configuration of a named size; ValueError lists the names if there is no such one."""
+    if name not in PRESETS:
+        known = ", ".join(get_args(PresetName))
+        raise ValueError(f"unknown model preset {name!r}; known presets: {known}")
+    return PRESETS[name]
+
+
+def config_to_dict(config: ModelConfig) -> dict[str, Any]:
+    """Plain values that JSON can hold; `config_from_dict` is the inverse."""
+    return asdict(config)
+
+
+def config_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """Rebuild a configuration exactly; a missing or unknown key is a ValueError."""
+    sections = {
+        "image_encoder": ImageEncoderConfig,
+        "text_encoder": TextEncoderConfig,
+        "input": InputConfig,
+    }
+    values = dict(values)
+    for name, section in sections.items():
+        if name in values:
+            values[name] = _build(section, values[name], f"model.{name}")
+    return _build(ModelConfig, values, "model")
+
+
+def _build(kind: type, values: dict[str, Any], where: str) -> Any:
+    known = {f.name for f in fields(kind)}
+    if set(values) != known:
+        wrong = ", ".join(sorted(set(values) ^ known))
+        raise ValueError(f"{where}: missing or unknown keys: {wrong}")
+    return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})

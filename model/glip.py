@@ -1,0 +1,196 @@
+"""GLIPv2 assembled: encoders, pyramid, fusion tower, heads; losses for training, outputs to use."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.bert.modeling_bert import BertLayer
+
+from glipv2.model import losses
+from glipv2.model.anchors import make_anchors
+from glipv2.model.assign import assign
+from glipv2.model.batch import Batch, Collectives, Outputs
+from glipv2.model.boxes import decode
+from glipv2.model.config import LossWeights, ModelConfig
+from glipv2.model.dynamic_head import DyConv
+from glipv2.model.fusion import ImageTextAttention
+from glipv2.model.heads import (
+    AlignmentHead,
+    BoxHead,
+    ContrastHead,
+    MaskedWordHead,
+    flatten_levels,
+)
+from glipv2.model.image_encoder import ImageEncoder
+from glipv2.model.pyramid import Pyramid
+from glipv2.model.text_encoder import TextEncoder, attention_bias, bert_config
+
+
+class FusionBlock(nn.Module):
+    """Image-text attention, a BERT layer on the words, a DyConv on the maps (facts A.6)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        text = config.text_encoder
+        if config.fusion:
+            self.attention = ImageTextAttention(
+                image_width=config.width,
+                text_width=text.width,
+                attention_width=config.fusion_width,
+                heads=config.fusion_heads,
+                dropout=config.fusion_dropout,
+                scale=1 / config.fusion_blocks
+                if config.fusion_scale is None
+                else config.fusion_scale,
+            )
+            self.words = BertLayer(bert_config(text))
+        self.fusion = config.fusion
+        self.maps = DyConv(config.width, config.group_norm_groups)
+
+    def forward(
+        self, maps: list[Tensor], words_BTD: Tensor, token_mask_BT: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """Maps (B, D, H, W), finest first, and words (B, T, D_text) to the same shapes."""
+        if self.fusion:
+            image_BND, words_BTD = self.attention(flatten_levels(maps), words_BTD, token_mask_BT)
+            words_BTD = self.words(words_BTD, attention_bias(token_mask_BT, words_BTD.dtype))
+            maps = _unflatten_levels(image_BND, maps)
+        return self.maps(maps), words_BTD
+
+
+def _unflatten_levels(locations_BAD: Tensor, like: list[Tensor]) -> list[Tensor]:
+    sizes = [x.shape[2] * x.shape[3] for x in like]
+    parts = locations_BAD.transpose(1, 2).split(sizes, dim=2)
+    return [part.reshape(x.shape) for part, x in zip(parts, like, strict=True)]
+
+
+class GLIPv2(nn.Module):
+    """Built by `build_model`. `forward` trains, `predict` answers."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        text_width = config.text_encoder.width
+        self.image_encoder = ImageEncoder(config.image_encoder)
+        self.pyramid = Pyramid(
+            self.image_encoder.widths, config.width, config.levels, config.drop_block
+        )
+        self.text_encoder = TextEncoder(config.text_encoder)
+        self.blocks = nn.ModuleList(FusionBlock(config) for _ in range(config.fusion_blocks))
+        self.box_head = BoxHead(config.width, config.levels)
+        self.alignment_head = AlignmentHead(config.width, text_width)
+        self.masked_word_head = MaskedWordHead(text_width, config.text_encoder.vocab_size)
+        self.contrast_head = ContrastHead(config.width, text_width, config.contrast_width)
+
+    def forward(
+        self,
+        batch: Batch,
+        collectives: Collectives = Collectives(),  # noqa: B008 (frozen)
+        weights: LossWeights = LossWeights(),  # noqa: B008 (frozen)
+    ) -> dict[str, Tensor]:
+        """The loss terms of a batch: box, centerness, token, inter_image, mlm.
+
+        Each is unweighted and 0-dimensional, finite for images without boxes and texts without
+        masked words, and connected to the same parameters on every rank. Terms of weight 0 are
+        zeros that cost nothing. Every rank must call this equally often, with equally many images.
+        """
+        outputs = self.predict(
+            batch.images_B3HW, batch.sizes_B2, batch.tokens_BT, batch.token_mask_BT
+        )
+        matched_BA = assign(
+            outputs.anchors_A4,
+            [h * w for h, w in outputs.level_sizes],
+            batch.boxes_BN4,
+            batch.box_mask_BN,
+        )
+        targets = losses.make_targets(matched_BA, batch, outputs.anchors_A4)
+        counts = losses.make_normalisers(targets, batch, self.config.contrast_regions, collectives)
+        boxes_BA4 = decode(outputs.deltas_BA4.float(), outputs.anchors_A4)
+        terms = {
+            "box": losses.box_loss(boxes_BA4, targets, counts.centerness),
+            "centerness": losses.centerness_loss(outputs.centerness_BA, targets, counts.positives),
+            "token": losses.token_loss(outputs.token_logits_BAT, targets, batch, counts.positives),
+        }
+        terms["inter_image"] = (
+            self._inter_image(outputs, targets, batch, counts.contrasted, collectives)
+            if weights.inter_image
+            else _untouched(self.contrast_head)
+        )
+        terms["mlm"] = (
+            self._masked_words(outputs, batch, counts.masked_words)
+            if weights.mlm
+            else _untouched(self.masked_word_head)
+        )
+        return terms
+
+    def predict(
+        self, images_B3HW: Tensor, sizes_B2: Tensor, tokens_BT: Tensor, token_mask_BT: Tensor
+    ) -> Outputs:
+        """One pass over padded uint8 images, their (height, width), and one text for each."""
+        pyramid = self.encode_images(images_B3HW, sizes_B2)
+        words_BTD = self.text_encoder(tokens_BT, token_mask_BT)
+        return self.fuse(pyramid, words_BTD, token_mask_BT)
+
+    def encode_images(self, images_B3HW: Tensor, sizes_B2: Tensor) -> list[Tensor]:
+        """The pyramid before fusion, which serves any number of texts about the same images."""
+        return self.pyramid(self.image_encoder(images_B3HW, sizes_B2))
+
+    def fuse(self, pyramid: list[Tensor], words_BTD: Tensor, token_mask_BT: Tensor) -> Outputs:
+        """Unfused image and text features to outputs."""
+        maps, fused_BTD = pyramid, words_BTD
+        for block in self.blocks:
+            maps, fused_BTD = block(maps, fused_BTD, token_mask_BT)
+        level_sizes = [(x.shape[2], x.shape[3]) for x in maps]
+        locations_BAD = flatten_levels(maps)
+        deltas_BA4, centerness_BA = self.box_head(locations_BAD, [h * w for h, w in level_sizes])
+        return Outputs(
+            pyramid=pyramid,
+            words_BTD=words_BTD,
+            fused_words_BTD=fused_BTD,
+            token_logits_BAT=self.alignment_head(locations_BAD, fused_BTD),
+            deltas_BA4=deltas_BA4,
+            centerness_BA=centerness_BA,
+            anchors_A4=make_anchors(
+                level_sizes, self.config.strides, self.config.anchor_scale, locations_BAD.device
+            ),
+            level_sizes=level_sizes,
+        )
+
+    def _inter_image(
+        self,
+        outputs: Outputs,
+        targets: losses.Targets,
+        batch: Batch,
+        normaliser: Tensor,
+        collectives: Collectives,
+    ) -> Tensor:
+        picked_BK = losses.pick_regions(targets.positive, self.config.contrast_regions)
+        regions_BAD = flatten_levels(outputs.pyramid)
+        index = picked_BK[..., None].expand(-1, -1, regions_BAD.shape[2])
+        # Text is padded to the longest of a rank's batch; a gather needs one length for all.
+        spare = self.config.text_encoder.max_tokens - outputs.words_BTD.shape[1]
+        return losses.inter_image_loss(
+            regions_BAD.gather(1, index),
+            F.pad(outputs.words_BTD, (0, 0, 0, spare)),
+            targets.matched_BA.gather(1, picked_BK),
+            batch,
+            self.contrast_head,
+            normaliser,
+            collectives,
+        )
+
+    def _masked_words(self, outputs: Outputs, batch: Batch, normaliser: Tensor) -> Tensor:
+        asked_BT = batch.mlm_labels_BT != losses.IGNORED_WORD
+        logits_MV = self.masked_word_head(outputs.fused_words_BTD[asked_BT])
+        return losses.masked_word_loss(logits_MV, batch.mlm_labels_BT[asked_BT], normaliser)
+
+
+def _untouched(module: nn.Module) -> Tensor:
+    """Zero, but with a (zero) gradient for every parameter, so that ranks agree on their set."""
+    return torch.stack([parameter.sum() * 0 for parameter in module.parameters()]).sum()
+
+
+def build_model(config: ModelConfig, seed: int) -> GLIPv2:
+    """A model with random weights that depend on the seed alone; global random state is kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GLIPv2(config)

@@ -1,0 +1,60 @@
+"""Swin Transformer of timm: an image to feature maps of strides 8, 16 and 32."""
+
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+
+from glipv2.model.config import ImageEncoderConfig
+
+# ImageNet statistics in 0-255, as GLIP has them, in the BGR order that its weights expect.
+_MEAN_BGR = (103.530, 116.280, 123.675)
+_STD_BGR = (57.375, 57.120, 58.395)
+
+
+class ImageEncoder(nn.Module):
+    """uint8 RGB images to three feature maps, each with its own LayerNorm (facts A.2, A.3)."""
+
+    def __init__(self, config: ImageEncoderConfig) -> None:
+        super().__init__()
+        self.swin = SwinTransformer(
+            img_size=224,  # no limit: strict_img_size=False takes any size
+            patch_size=4,
+            embed_dim=config.embed_dim,
+            depths=config.depths,
+            num_heads=config.num_heads,
+            window_size=config.window,
+            drop_path_rate=config.drop_path,
+            num_classes=0,
+            strict_img_size=False,
+            # Windows keep their size on maps smaller than one, so that an image's features do not
+            # depend on the size the module was built for.
+            always_partition=True,
+        )
+        # The classifier's norm would be a parameter without a gradient.
+        self.swin.norm = nn.Identity()
+        self.widths = [config.embed_dim * 2**stage for stage in (1, 2, 3)]
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.widths)
+        self.register_buffer("mean", torch.tensor(_MEAN_BGR).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_STD_BGR).view(3, 1, 1), persistent=False)
+
+    def forward(self, images_B3HW: Tensor, sizes_B2: Tensor) -> list[Tensor]:
+        """uint8 RGB (B, 3, H, W) to three maps (B, D, H/8, W/8), (.., H/16, ..), (.., H/32, ..).
+
+        H and W are multiples of 32; pixels beyond each image's (height, width) become zeros after
+        normalisation, whatever they hold.
+        """
+        x = self.swin.patch_embed(self._normalise(images_B3HW, sizes_B2))
+        maps = []
+        for number, stage in enumerate(self.swin.layers):
+            x = stage(x)  # (B, H, W, D)
+            if number > 0:
+                maps.append(self.norms[number - 1](x).permute(0, 3, 1, 2))
+        return maps
+
+    def _normalise(self, images_B3HW: Tensor, sizes_B2: Tensor) -> Tensor:
+        H, W = images_B3HW.shape[2:]
+        dtype = self.norms[0].weight.dtype
+        normalised = ((images_B3HW.flip(1).float() - self.mean) / self.std).to(dtype)
+        rows_BH = torch.arange(H, device=sizes_B2.device) < sizes_B2[:, :1]
+        columns_BW = torch.arange(W, device=sizes_B2.device) < sizes_B2[:, 1:]
+        return normalised * (rows_BH[:, None, :, None] & columns_BW[:, None, None, :])

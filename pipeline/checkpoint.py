@@ -1,0 +1,133 @@
+"""Checkpoints under a commit rule: a step exists when its COMMIT.json does and every file fits it.
+
+RUN/checkpoints/step-000200/{model.safetensors, config.json, vocab.txt, optimizer.safetensors,
+trainer.json, COMMIT.json}. The first three are the exchange format: any step's folder can be given
+to `glipv2 ground` or be a teacher.
+"""
+
+import json
+import logging
+import re
+
+from glipv2.model.glip import GLIPv2
+from glipv2.model.tokenizer import Tokenizer
+from glipv2.model.weights import model_from_files
+from glipv2.pipeline import storage
+from glipv2.pipeline.errors import DataError
+
+log = logging.getLogger(__name__)
+
+MODEL_FILES = ("model.safetensors", "config.json", "vocab.txt")
+COMMIT = "COMMIT.json"
+STEP_NAME = re.compile(r"step-(\d{6,})")
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def save_checkpoint(run_dir: str, step: int, files: dict[str, bytes]) -> str:
+    """Write the files, then the commit record that makes them a checkpoint; returns its URL.
+
+    Only the main rank calls it. Files of an earlier attempt that never committed are overwritten.
+    """
+    url = storage.join(run_dir, "checkpoints", step_name(step))
+    for name, data in files.items():
+        storage.write_bytes(storage.join(url, name), data)
+    listed = {
+        name: {"bytes": len(data), "crc32c": storage.crc32c(data)} for name, data in files.items()
+    }
+    commit = json.dumps({"step": step, "files": listed}, indent=1, sort_keys=True)
+    storage.write_bytes(storage.join(url, COMMIT), commit.encode())
+    return url
+
+
+def read_checkpoint(url: str, names: tuple[str, ...] | None = None) -> dict[str, bytes]:
+    """The named files (all of them by default), each checked against the commit record.
+
+    Raises DataError naming the file when one is missing or altered.
+    """
+    commit_url = storage.join(url, COMMIT)
+    if not storage.exists(commit_url):
+        raise DataError(f"{url} is not a committed checkpoint: it has no {COMMIT}")
+    try:
+        listed = json.loads(storage.read_bytes(commit_url))["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{commit_url} is damaged: {error}; use another step") from error
+    files = {}
+    for name in names or tuple(listed):
+        if name not in listed:
+            raise DataError(f"checkpoint {url} has no {name}")
+        data = storage.read_bytes(storage.join(url, name))
+        if len(data) != listed[name]["bytes"] or storage.crc32c(data) != listed[name]["crc32c"]:
+            raise DataError(
+                f"{storage.join(url, name)} differs from its commit record (expected "
+                f"{listed[name]['bytes']} bytes, crc {listed[name]['crc32c']}); use another step"
+            )
+        files[name] = data
+    return files
+
+
+def committed_steps(run_dir: str) -> list[int]:
+    """Steps with a commit record, oldest first; their files are not checked here."""
+    folder = storage.join(run_dir, "checkpoints")
+    steps = [
+        int(match.group(1))
+        for name in storage.list_names(folder)
+        if (match := STEP_NAME.fullmatch(name))
+        and storage.exists(storage.join(folder, name, COMMIT))
+    ]
+    return sorted(steps)
+
+
+def newest_checkpoint(run_dir: str) -> tuple[str, dict[str, bytes]] | None:
+    """URL and files of the newest checkpoint that verifies; None if none was ever committed.
+
+    Raises DataError when there are commits but none can be read: a run with checkpoints never
+    starts over silently.
+    """
+    problems = []
+    for step in reversed(committed_steps(run_dir)):
+        url = storage.join(run_dir, "checkpoints", step_name(step))
+        try:
+            return url, read_checkpoint(url)
+        except DataError as error:
+            log.warning("skipping a checkpoint: %s", error)
+            problems.append(str(error))
+    if problems:
+        raise DataError(
+            f"{run_dir} has checkpoints but none can be read:\n  " + "\n  ".join(problems) +
+            "\nrestore one of them, or choose another run_dir to start over"
+        )  # fmt: skip
+    return None
+
+
+def resolve_checkpoint(url: str) -> str:
+    """A checkpoint folder as it is; of a run folder the newest committed step.
+
+    Raises DataError when there is none.
+    """
+    if storage.exists(storage.join(url, COMMIT)):
+        return url
+    steps = committed_steps(url)
+    if not steps:
+        raise DataError(
+            f"no checkpoint in {url}: it is neither a step folder with {COMMIT} nor a run folder "
+            "with checkpoints/step-*"
+        )
+    return storage.join(url, "checkpoints", step_name(steps[-1]))
+
+
+def load_model(url: str) -> tuple[GLIPv2, Tokenizer]:
+    """The model of a checkpoint or of a run's newest checkpoint, in evaluation mode."""
+    model, tokenizer = model_from_files(read_checkpoint(resolve_checkpoint(url), MODEL_FILES))
+    return model.eval(), tokenizer
+
+
+def prune_checkpoints(run_dir: str, keep: int) -> None:
+    """Delete all but the newest `keep` committed steps; COMMIT.json goes first, so none is torn."""
+    for step in committed_steps(run_dir)[:-keep]:
+        folder = storage.join(run_dir, "checkpoints", step_name(step))
+        names = storage.list_names(folder)
+        for name in sorted(names, key=lambda name: name != COMMIT):
+            storage.delete(storage.join(folder, name))

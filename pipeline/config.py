@@ -1,0 +1,196 @@
+"""Every section of a run's configuration; `config_loader` turns recipes into it.
+
+A recipe holds only what differs from these defaults. Precedence, lowest first: the defaults here
+(and the model preset), the recipe, the chosen phase of the recipe, `section.key=value` overrides.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from glipv2.model.config import LossWeights, ModelConfig
+from glipv2.pipeline.errors import ConfigError
+
+
+def _require(condition: bool, key: str, rule: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"{key} must be {rule}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How one shard set of the run is made; the same options as `glipv2 prepare`."""
+
+    source: Literal["toy", "voc", "coco", "pairs"]
+    set: str = ""
+    """toy: which of its sets."""
+    count: int = 0
+    """toy: number of images."""
+    size: int = 128
+    """toy: side of the images in pixels."""
+    hard: bool = False
+    """toy: the harder world (more and smaller objects, coloured background)."""
+    seed: int = 0
+    annotations: str = ""
+    """voc: folder of XML files; coco: the JSON file."""
+    images: str = ""
+    """voc, coco: folder of images."""
+    root: str = ""
+    """pairs: folder with images and pairs.jsonl, .csv, .tsv or one .txt per image."""
+    list: str = ""
+    """voc: text file with one image name per line; null takes every image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    root: str = ""
+    """Folder URL of the run's shard sets; empty means RUN_DIR/data."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Shard set (name under `root`, or a full URL) -> share of the samples."""
+    short_sides: tuple[int, ...] = (480, 560, 640, 720, 800)
+    """Training draws the short side of each image from these (pixels)."""
+    long_side: int = 1333
+    pad_to: tuple[int, int] | None = None
+    """(height, width) that every batch is padded to; null pads to the largest image of a rank."""
+    flip: float = 0.5
+    """Probability of a horizontal flip; never when the text says left or right."""
+    max_negatives: int = 85
+    """Categories absent from the image that a detection prompt may hold (GLIP: 85)."""
+    full_negatives_share: float = 0.5
+    """Share of prompts with as many negatives as allowed; the others draw a uniform number."""
+    caption_packing: float = 0.0
+    """Probability that a caption is packed between captions of other images (GLIP: 0.6)."""
+    max_packed_captions: int = 19
+    mlm_probability: float = 0.15
+    lanes: int | None = None
+    """Independent reading positions; null takes the largest divisor of the global batch <= 64."""
+    unit_samples: int = 256
+    """Samples of one ranged read."""
+    window_units: int = 2
+    """Units that are shuffled together."""
+    workers: int = 0
+    """Loader processes per rank; 0 loads in the training process. Never changes the batches."""
+    max_bad_share: float = 0.01
+    """Stop when more than this share of the samples read had to be skipped."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.short_sides), "data.short_sides", "a list of sizes", self.short_sides)
+        _require(self.long_side >= max(self.short_sides), "data.long_side",
+                 "at least the largest of data.short_sides", self.long_side)  # fmt: skip
+        for name, weight in self.mixture.items():
+            _require(weight > 0, f"data.mixture.{name}", "positive", weight)
+        for key in ("flip", "full_negatives_share", "caption_packing", "mlm_probability"):
+            value = getattr(self, key)
+            _require(0 <= value <= 1, f"data.{key}", "between 0 and 1", value)
+        _require(self.unit_samples > 0, "data.unit_samples", "positive", self.unit_samples)
+        _require(self.window_units > 0, "data.window_units", "positive", self.window_units)
+        _require(self.workers >= 0, "data.workers", "0 or more", self.workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = 1000
+    global_batch: int = 64
+    """Images per optimiser step, over all ranks; the world size never changes it."""
+    processes: int = 1
+    """Ranks started on this machine when no launcher (torchrun, deepspeed) has set WORLD_SIZE."""
+    threads: int = 1
+    """CPU threads of one rank."""
+    init: str | None = None
+    """Phase, run folder or checkpoint whose weights the run starts from; null starts at random."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    learning_rate: float = 1e-4
+    text_learning_rate: float = 1e-5
+    """Of the text encoder; the BERT layers of the fusion tower use `learning_rate` (facts G.1)."""
+    head_learning_rate: float = 1e-4
+    """Of everything after the two encoders and the pyramid."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this; 0 switches clipping off."""
+    warmup_steps: int = 2000
+    schedule: Literal["steps", "cosine"] = "steps"
+    """After the warm-up: x 0.1 at 67 % and 89 % (GLIP), or flat and then a cosine to zero."""
+    flat_share: float = 0.4
+    """cosine: share of the run at the full rate."""
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+    """Committed checkpoints that are kept; older ones are deleted."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "global_batch", "processes", "threads", "checkpoint_every"):
+            _require(getattr(self, key) > 0, f"train.{key}", "positive", getattr(self, key))
+        for key in ("learning_rate", "text_learning_rate", "head_learning_rate"):
+            _require(getattr(self, key) > 0, f"train.{key}", "positive", getattr(self, key))
+        _require(self.keep_checkpoints > 0, "train.keep_checkpoints", "1 or more",
+                 self.keep_checkpoints)  # fmt: skip
+        _require(0 <= self.flat_share <= 1, "train.flat_share", "in [0, 1]", self.flat_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """Which pairs a teacher labels, and which of its boxes are kept."""
+
+    teacher: str = ""
+    """Phase, run folder or checkpoint."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Shard set of pairs -> shard set of labelled pairs (names under data.root, or URLs)."""
+    calibration: str = ""
+    """Gold shard set on which the score threshold is chosen; empty uses `score_threshold`."""
+    target_precision: float = 0.9
+    """With `calibration`: the lowest threshold that reaches this precision there."""
+    score_threshold: float = 0.5
+    max_boxes: int = 20
+    """Boxes kept per image, best first."""
+    cross_phrase_nms: float = 0.6
+    """Of boxes that overlap more than this only the best stays, across phrases; 1 keeps all."""
+    num_actors: int = 2
+    gpus_per_actor: float = 0.0
+    batch_size: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What a checkpoint is scored on."""
+
+    detection: str = ""
+    """Shard set with categories and captions (the toy validation set)."""
+    real_detection: str = ""
+    """Shard set with categories only (BCCD held out)."""
+    label_truth: dict[str, str] = field(default_factory=dict)
+    """Labelled shard set -> shard set with the truth of its pairs (same keys)."""
+    chunk_size: int = 18
+    """Categories per prompt of the "chunked" protocol."""
+    curve_images: int = 64
+    """Images of `detection` that earlier checkpoints are scored on, for the curve over steps."""
+    num_actors: int = 2
+    batch_size: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    run_dir: str
+    """Folder of everything the run writes."""
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    losses: LossWeights = field(default_factory=LossWeights)
+    prepare: dict[str, PrepareConfig] = field(default_factory=dict)
+    """Shard set name -> how `glipv2 run` makes it under data.root."""
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    label: LabelConfig = field(default_factory=LabelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    phases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Named sets of overrides, such as teacher and student; a phase writes to RUN_DIR/PHASE."""
+
+    @property
+    def data_root(self) -> str:
+        return self.data.root or f"{self.run_dir}/data"
+
+    def set_url(self, name: str) -> str:
+        """Where the shard set `name` is: under data.root, unless it is a URL or a path."""
+        return name if "/" in name else f"{self.data_root}/{name}"
+
+    def run_url(self, name: str) -> str:
+        """Where the run `name` is: a phase of this run folder, unless it is a URL or a path."""
+        return name if "/" in name else f"{self.run_dir}/{name}"

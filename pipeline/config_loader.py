@@ -1,0 +1,200 @@
+"""Recipe (YAML) -> typed RunConfig: unknown keys and wrong types are refused by their full name."""
+
+import dataclasses
+import difflib
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from glipv2.model.config import ModelConfig, preset
+from glipv2.pipeline.config import RunConfig
+from glipv2.pipeline.errors import ConfigError
+
+
+def load_config(recipe: str, overrides: list[str], phase: str | None = None) -> RunConfig:
+    """Read a recipe; with `phase`, apply that phase's overrides and give it its own run folder.
+
+    Raises ConfigError (file, full key, cure) for anything that is not a valid configuration.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        raise ConfigError(f"recipe {recipe} does not exist; recipes are in infra/recipes/")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {recipe} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {recipe} must be a mapping of sections")
+    tree.setdefault("run_dir", f"runs/{path.stem}")
+    try:
+        return config_from_tree(tree, overrides, phase)
+    except ConfigError as error:
+        raise ConfigError(f"{recipe}: {error}") from error
+
+
+def config_from_tree(
+    tree: dict[str, Any], overrides: list[str], phase: str | None = None
+) -> RunConfig:
+    config = _build(RunConfig, tree, None, "")
+    config = _apply_overrides(config, overrides)
+    for name in config.phases:
+        _apply_phase(config, name)  # a mistake in any phase is reported before work starts
+    if phase is None:
+        return config
+    # again, because overrides win over the phase; those of the whole run have done their work
+    own = [text for text in overrides if not text.startswith(("run_dir=", "phases."))]
+    return _apply_overrides(_apply_phase(config, phase), own)
+
+
+def _apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
+    for override in overrides:
+        config = _build(RunConfig, _override_tree(override), config, "")
+    return config
+
+
+def _apply_phase(config: RunConfig, phase: str) -> RunConfig:
+    if phase not in config.phases:
+        known = ", ".join(config.phases) or "none"
+        raise ConfigError(f"phase {phase!r} is not in the recipe; its phases are: {known}")
+    applied: RunConfig = _build(RunConfig, config.phases[phase], config, f"phases.{phase}.")
+    init = applied.train.init
+    return dataclasses.replace(
+        applied,
+        run_dir=config.run_url(phase),
+        data=dataclasses.replace(applied.data, root=config.data_root),
+        train=dataclasses.replace(applied.train, init=init and config.run_url(init)),
+        phases={},
+    )
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every default spelled out."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def as_tree(value: Any) -> Any:
+    """Dataclasses as plain dicts and lists, ready for JSON or YAML."""
+    return _plain(value)
+
+
+def from_tree(cls: type, tree: dict[str, Any], path: str = "") -> Any:
+    """The inverse of `as_tree` for one configuration class, as strict as a recipe."""
+    return _build(cls, tree, None, path)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _override_tree(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} must look like section.key=value")
+    try:
+        value: Any = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _build(cls: type, tree: Any, base: Any, path: str) -> Any:
+    """An instance of dataclass `cls` from a mapping; fields it does not name come from `base`."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path.rstrip('.') or 'the recipe'} must be a mapping, not {tree!r}")
+    hints = get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            raise ConfigError(_unknown_key(path, str(key), cls))
+    if cls is ModelConfig and "preset" in tree:
+        try:
+            base = preset(tree["preset"])
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"{path}preset: {tree['preset']!r} is not a preset") from error
+    values = {}
+    for field in dataclasses.fields(cls):
+        old = getattr(base, field.name) if base is not None else None
+        if field.name in tree:
+            new = _convert(hints[field.name], tree[field.name], old, f"{path}{field.name}")
+            values[field.name] = new
+        elif base is not None:
+            values[field.name] = old
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{path}{field.name} is missing")
+    return cls(**values)
+
+
+def _unknown_key(path: str, key: str, cls: type) -> str:
+    names = [f.name for f in dataclasses.fields(cls)]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    hint = f"did you mean {path}{near[0]}?" if near else f"known keys: {', '.join(names)}"
+    return f"unknown config key {path}{key}; {hint}"
+
+
+def _convert(hint: Any, value: Any, old: Any, path: str) -> Any:  # noqa: C901 - one case per type
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return _merge(old, value)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        inner = [a for a in arguments if a is not type(None)]
+        return _convert(inner[0], value, old, path)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            raise ConfigError(f"{path} must be one of {', '.join(map(str, arguments))}, "
+                              f"not {value!r}")  # fmt: skip
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
+        return _build(hint, value, old, f"{path}.")
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path} must be a mapping, not {value!r}")
+        kept = dict(old or {})
+        for key, item in value.items():
+            kept[str(key)] = _convert(arguments[1], item, kept.get(str(key)), f"{path}.{key}")
+        return kept
+    if origin is tuple:
+        return _convert_tuple(arguments, value, path)
+    return _convert_scalar(hint, value, path)
+
+
+def _merge(old: Any, new: Any) -> Any:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return {**old, **{key: _merge(old.get(key), value) for key, value in new.items()}}
+
+
+def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{path} must be a list, not {value!r}")
+    if arguments[-1] is Ellipsis:
+        kinds = [arguments[0]] * len(value)
+    elif len(arguments) != len(value):
+        raise ConfigError(f"{path} must have {len(arguments)} entries, not {len(value)}")
+    else:
+        kinds = list(arguments)
+    items = zip(kinds, value, strict=True)
+    return tuple(_convert(k, v, None, f"{path}[{i}]") for i, (k, v) in enumerate(items))
+
+
+def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{path} must be {hint.__name__}, not {value!r}")

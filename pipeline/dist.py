@@ -1,0 +1,82 @@
+"""Rank helpers that work with and without a process group; everything else stays rank-free."""
+
+import ctypes
+import os
+import signal
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+
+from glipv2.model.batch import Collectives
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def local_device() -> torch.device:
+    """The accelerator of this rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its launcher dies, so that no rank is left behind."""
+    pr_set_pdeathsig = 1
+    if hasattr(signal, "SIGKILL") and os.name == "posix":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Average a tensor over ranks, without gradient; every rank must call it."""
+    total = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+        total /= world_size()
+    return total
+
+
+def gather_with_grad(value: Tensor) -> Tensor:
+    """Concatenate equal-shaped tensors of all ranks; every rank must call it.
+
+    The gradient of a rank's rows is the sum of what all ranks send back to them.
+    """
+    if world_size() == 1:
+        return value
+    return torch.cat(all_gather(value.contiguous()), dim=0)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's small Python object, in rank order; every rank must call it."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def collectives() -> Collectives:
+    """The model's view of the other ranks."""
+    if world_size() == 1:
+        return Collectives()
+    return Collectives(gather=gather_with_grad, mean=mean_over_ranks, rank=rank())
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,28 @@
+"""The three ways in which something can be wrong that is not a bug of ours."""
+
+
+class UserError(Exception):
+    """A user's mistake or a broken input: the command ends with this text and exit code 2.
+
+    The message says what is wrong, where (file, key), why, and what to do.
+    """
+
+
+class ConfigError(UserError):
+    """The configuration asks for something impossible."""
+
+
+class DataError(UserError):
+    """A file or shard set is missing, altered or not what it claims to be."""
+
+
+class BadSample(Exception):
+    """One sample that can't be used; whoever reads it counts it, notes it and goes on."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str]]:
+        return BadSample, (self.reason, self.detail)

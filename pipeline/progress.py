@@ -1,0 +1,40 @@
+"""One way to show progress: a live bar in a terminal, a line now and then elsewhere."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+QUIET_SECONDS = 15.0
+"""Between two lines when the output is not a terminal."""
+
+
+def bar(total: int | None, description: str, unit: str = "it", initial: int = 0) -> "tqdm[None]":
+    """A progress bar with rate and time left; call `.update(n)` and `.close()`."""
+    live = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        initial=initial,
+        file=sys.stderr,
+        mininterval=0.2 if live else QUIET_SECONDS,
+        maxinterval=QUIET_SECONDS,
+        dynamic_ncols=live,
+        ascii=not live,
+        leave=True,
+    )
+
+
+def progress(items: Iterable[Item], total: int | None, description: str) -> Iterator[Item]:
+    """Yield the items while a bar counts them."""
+    shown = bar(total, description)
+    try:
+        for item in items:
+            yield item
+            shown.update(1)
+    finally:
+        shown.close()

@@ -1,0 +1,53 @@
+"""Where samples that can't be used are noted: one JSON line each, and a count per reason."""
+
+import json
+import logging
+import os
+from collections import Counter
+
+from glipv2.pipeline import storage
+from glipv2.pipeline.errors import BadSample
+
+MAX_DETAIL = 500
+log = logging.getLogger(__name__)
+
+
+class Quarantine:
+    """Callable as `on_bad`; any number of processes may append to one file at once.
+
+    With a local `path` the lines {source, shard, key, reason, detail} go there; without one only
+    this process's counts are kept. It may be pickled: the copy starts counting at zero.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = None if path is None else storage.local_path(path)
+        self._counts: Counter[str] = Counter()
+
+    def __call__(self, source: str, shard: str, key: str, bad: BadSample) -> None:
+        self._counts[bad.reason] += 1
+        log.warning("skipped %s/%s in %s: %s", source, key, shard, bad)
+        if self.path is None:
+            return
+        line = {
+            "source": source,
+            "shard": shard,
+            "key": key,
+            "reason": bad.reason,
+            "detail": bad.detail[:MAX_DETAIL],
+        }
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, json.dumps(line).encode() + b"\n")  # one write: lines never mix
+        finally:
+            os.close(file)
+
+    def counts(self) -> Counter[str]:
+        """Reason -> samples: of all processes with a file, of this one without."""
+        if self.path is None or not os.path.exists(self.path):
+            return Counter(self._counts)
+        with open(self.path, encoding="utf-8") as file:
+            return Counter(json.loads(line)["reason"] for line in file if line.endswith("\n"))
+
+    def __reduce__(self) -> tuple[type["Quarantine"], tuple[str | None]]:
+        return Quarantine, (self.path,)

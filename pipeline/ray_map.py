@@ -1,0 +1,120 @@
+"""Map a function over items on Ray actors; the only module that imports Ray for mapping.
+
+Ray core instead of Ray Data: our items are shard names whose results are committed by the worker
+itself, so all that is needed is an actor pool with restarts, and a poison item must be found out.
+"""
+
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+MakeWorker = Callable[[], Callable[[Item], Result]]
+
+MAX_KILLS = 2
+"""An item whose actor died this often is taken for the cause and given up."""
+
+
+class PoisonItemError(Exception):
+    """Items that killed their actor every time; all others are done."""
+
+
+def start_ray(num_cpus: int) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a private one on this machine."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        return
+    ray.init(
+        num_cpus=num_cpus,
+        object_store_memory=200 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+
+
+def map_in_process(
+    make_worker: MakeWorker[Item, Result], items: Sequence[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """The same as `map_on_ray` in this process, for debugging and tests."""
+    worker = make_worker()
+    for item in items:
+        yield item, worker(item)
+
+
+def map_on_ray(
+    make_worker: MakeWorker[Item, Result],
+    items: Sequence[Item],
+    *,
+    num_actors: int,
+    gpus_per_actor: float = 0.0,
+) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, result) as they finish, in any order.
+
+    Each actor calls `make_worker()` once. An actor that dies is replaced and its item tried again;
+    an exception of the worker ends the map and is raised here. Raises PoisonItemError at the end
+    when an item killed MAX_KILLS actors. Workers must be safe to run twice on one item.
+    """
+    if not items:
+        return
+    import ray
+
+    start_ray(num_actors)
+    actor_class = _actor_class(gpus_per_actor)
+    waiting = deque(range(len(items)))
+    kills: Counter[int] = Counter()
+    idle = [actor_class.remote(make_worker) for _ in range(min(num_actors, len(items)))]
+    running: dict[Any, tuple[int, Any]] = {}
+    try:
+        while waiting or running:
+            while waiting and idle:
+                number, actor = waiting.popleft(), idle.pop()
+                running[actor.work.remote(items[number])] = (number, actor)
+            [done], _ = ray.wait(list(running), num_returns=1)
+            number, actor = running.pop(done)
+            try:
+                result = ray.get(done)
+            except ray.exceptions.RayActorError as error:
+                kills[number] += 1
+                log.warning("a worker died on %s: %s", items[number], error)
+                if kills[number] < MAX_KILLS:
+                    waiting.append(number)
+                idle.append(actor_class.remote(make_worker))
+                continue
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, Exception) else error from None
+            idle.append(actor)
+            yield items[number], result
+    finally:
+        for actor in [*idle, *(actor for _, actor in running.values())]:
+            ray.kill(actor)
+    poison = [str(items[number]) for number, count in kills.items() if count >= MAX_KILLS]
+    if poison:
+        raise PoisonItemError(f"workers died {MAX_KILLS} times on: {', '.join(poison)}")
+
+
+def _actor_class(gpus_per_actor: float) -> Any:
+    import ray
+
+    @ray.remote(num_cpus=1, num_gpus=gpus_per_actor)
+    class Actor:
+        def __init__(self, make_worker: MakeWorker[Item, Result]) -> None:
+            from glipv2.pipeline.dist import die_with_parent
+
+            die_with_parent()
+            self.worker = make_worker()
+
+        def work(self, item: Item) -> Result:
+            return self.worker(item)
+
+    return Actor

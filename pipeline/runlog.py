@@ -1,0 +1,43 @@
+"""RUN/losses.jsonl: one line per optimiser step, without clock times, so that runs can be compared.
+
+After a kill the log is cut back to the step that training resumes from.
+"""
+
+import json
+from typing import Any
+
+from glipv2.pipeline import storage
+
+LOSSES = "losses.jsonl"
+
+
+class LossLog:
+    """Appended line by line on a local disk; an object store gets the whole file at `flush`."""
+
+    def __init__(self, run_dir: str, first_step: int) -> None:
+        self.url = storage.join(run_dir, LOSSES)
+        self.lines = [_line(e) for e in read_losses(run_dir) if e["step"] < first_step]
+        self.flush()
+
+    def append(self, step: int, values: dict[str, float]) -> None:
+        line = _line({"step": step, **values})
+        self.lines.append(line)
+        if storage.is_local(self.url):
+            with open(storage.local_path(self.url), "ab", buffering=0) as file:
+                file.write(line)
+
+    def flush(self) -> None:
+        """Make all lines so far durable."""
+        storage.write_bytes(self.url, b"".join(self.lines))
+
+
+def read_losses(run_dir: str) -> list[dict[str, Any]]:
+    """The entries of a run's log; a last line cut off by a kill is left out."""
+    url = storage.join(run_dir, LOSSES)
+    if not storage.exists(url):
+        return []
+    return [json.loads(line) for line in storage.read_bytes(url).split(b"\n")[:-1]]
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"

@@ -1,0 +1,192 @@
+"""Reading shard sets by index: the manifest says what exists, one ranged read fetches a slice."""
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+from glipv2.pipeline import storage
+from glipv2.pipeline.errors import BadSample, DataError
+from glipv2.pipeline.record_json import parse_record
+from glipv2.pipeline.records import Record
+from glipv2.pipeline.shard_format import (
+    EXTENSIONS,
+    MANIFEST,
+    NAME,
+    TAR_BLOCK,
+    RawSample,
+    SampleEntry,
+    ShardInfo,
+    ShardSet,
+    commit_url,
+    load_json,
+    manifest_content,
+    shard_url,
+    walk_tar,
+)
+
+SLICE = 256
+"""Samples of one ranged read when a whole set is walked through."""
+
+
+def open_shard_set(url: str) -> ShardSet:
+    """The set's manifest, refused when it is missing, of another schema, or edited by hand."""
+    where = storage.join(url, MANIFEST)
+    try:
+        manifest = load_json(where, "shard set manifest")
+    except storage.MissingFileError as error:
+        raise DataError(
+            f"{where} doesn't exist: {url} is no complete shard set; make it with `glipv2 prepare` "
+            "(or run the command that was making it again)"
+        ) from error
+    try:
+        shards = tuple(ShardInfo(**shard) for shard in manifest["shards"])
+        categories = tuple(str(name) for name in manifest["categories"])
+        content = manifest_content(shards, categories, manifest["info"])
+        stated = manifest["digest"]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where} is no shard set manifest: {error!r}") from error
+    if set(manifest) != {*content, "digest"} or storage.digest(content) != stated:
+        raise DataError(
+            f"{where} was altered after it was written (its digest {stated!r} doesn't fit); "
+            "restore it or make the shard set again"
+        )
+    if not all(NAME.fullmatch(shard.name) for shard in shards):
+        raise DataError(f"{where} names a shard outside its own folder")
+    return ShardSet(
+        url=url, categories=categories, shards=shards, info=manifest["info"], digest=stated
+    )
+
+
+def check_shard_sizes(shard_set: ShardSet) -> None:
+    """DataError on the first shard that is missing or has another size than the manifest says."""
+    found = storage.sizes(shard_set.url)
+    for shard in shard_set.shards:
+        url = shard_url(shard_set.url, shard.name)
+        _check_size(url, shard.bytes, found.get(f"{shard.name}.tar"))
+
+
+def _check_size(url: str, expected: int, found: int | None) -> None:
+    if found == expected:
+        return
+    what = "is missing" if found is None else f"holds {found} bytes instead of {expected}"
+    raise DataError(
+        f"shard {url} {what}: it was truncated, replaced or removed after it was committed; "
+        "copy it again or make the shard set again"
+    )
+
+
+def read_index(shard_set: ShardSet, shard_number: int) -> tuple[SampleEntry, ...]:
+    """Where each sample of a shard lies, after checking the commit record and the tar's size."""
+    shard = shard_set.shards[shard_number]
+    return _read_index(shard_set.url, shard.name, shard.bytes, shard.commit_crc32c)
+
+
+def read_raw(shard_set: ShardSet, shard_number: int, first: int, last: int) -> list[RawSample]:
+    """Samples [first, last) of a shard from one ranged read.
+
+    A sample whose bytes differ from its checksum comes as a RawSample with an error; a shard that
+    ends too early is a DataError.
+    """
+    entries = read_index(shard_set, shard_number)[first:last]
+    if not entries:
+        return []
+    start, end = entries[0].offset, entries[-1].offset + entries[-1].length
+    url = shard_set.shard_url(shard_number)
+    data = storage.read_bytes(url, start, end)
+    if len(data) != end - start:
+        _check_size(url, shard_set.shards[shard_number].bytes, storage.size(url))
+        raise DataError(f"{url}: bytes {start} to {end} came back as {len(data)} bytes; try again")
+    return [
+        _raw_sample(entry, data[entry.offset - start : entry.offset - start + entry.length])
+        for entry in entries
+    ]
+
+
+def iterate_records(
+    url: str, on_bad: Callable[[str, str, BadSample], None] | None = None
+) -> Iterator[Record]:
+    """All records of a set in order.
+
+    A bad sample goes to `on_bad(shard name, key, why)` and is skipped; without it, it is a
+    DataError.
+    """
+    shard_set = open_shard_set(url)
+    for number, shard in enumerate(shard_set.shards):
+        for first in range(0, shard.samples, SLICE):
+            for raw in read_raw(shard_set, number, first, first + SLICE):
+                try:
+                    record = parse_record(raw, len(shard_set.categories))
+                except BadSample as bad:
+                    if on_bad is None:
+                        where = shard_url(url, shard.name)
+                        raise DataError(f"{where}: sample {raw.key}: {bad}") from bad
+                    on_bad(shard.name, raw.key, bad)
+                else:
+                    yield record
+
+
+def read_commit(url: str, name: str) -> tuple[ShardInfo, str]:
+    """The committed shard, and the attempt that won; storage.MissingFileError without a commit."""
+    where = commit_url(url, name)
+    record = load_json(where, "commit record")
+    attempt = record.pop("attempt", None)
+    try:
+        info = ShardInfo(
+            name=name,
+            samples=len(record["index"]),
+            bytes=record["bytes"],
+            crc32c=record["crc32c"],
+            commit_crc32c=storage.crc32c(storage.canonical_json(record)),
+            stats=record["stats"],
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where} is no commit record: {error!r}") from error
+    if not isinstance(attempt, str) or not NAME.fullmatch(attempt):
+        raise DataError(f"{where} names no attempt")
+    return info, attempt
+
+
+@lru_cache(maxsize=256)
+def _read_index(url: str, name: str, size: int, crc: str) -> tuple[SampleEntry, ...]:
+    where = commit_url(url, name)
+    record = load_json(where, "commit record")
+    record.pop("attempt", None)
+    found = storage.crc32c(storage.canonical_json(record))
+    if found != crc:
+        raise DataError(
+            f"{where} is not the commit record that the manifest was written for (crc32c {found}, "
+            f"expected {crc}); make the shard set again"
+        )
+    tar = shard_url(url, name)
+    _check_size(tar, size, storage.size(tar) if storage.exists(tar) else None)
+    return tuple(
+        SampleEntry(key=key, offset=offset, length=length, crc32c=sample_crc)
+        for key, offset, length, sample_crc in record["index"]
+    )
+
+
+def _raw_sample(entry: SampleEntry, data: bytes) -> RawSample:
+    found = storage.crc32c(data)
+    if found != entry.crc32c:
+        bad = BadSample("crc_mismatch", f"crc32c {found}, expected {entry.crc32c}")
+        return RawSample(key=entry.key, error=bad)
+    try:
+        return RawSample(key=entry.key, members=_members(entry.key, data))
+    except (tarfile.TarError, UnicodeError) as error:
+        return RawSample(key=entry.key, error=BadSample("tar_invalid", str(error)))
+
+
+def _members(key: str, data: bytes) -> dict[str, bytes]:
+    """The allowed members of one sample, from its own slice of the tar and nothing beyond."""
+    members: dict[str, bytes] = {}
+    for offset, member in walk_tar(io.BytesIO(data)):
+        stem, _, extension = member.name.partition(".")
+        start = offset + TAR_BLOCK
+        if not member.isreg() or stem != key or start + member.size > len(data):
+            raise tarfile.InvalidHeaderError(f"member {member.name[:100]!r} doesn't belong here")
+        if extension in members:
+            raise tarfile.InvalidHeaderError(f"member {member.name[:100]!r} occurs twice")
+        if extension in EXTENSIONS:
+            members[extension] = data[start : start + member.size]
+    return members

@@ -1,0 +1,255 @@
+"""Every read and write of shards, checkpoints and reports: local paths and object stores alike.
+
+A URL is a local path or file://, memory:// (tests), s3://, gs://, az:// or http(s):// (reading
+only). Anything else is refused, above all schemes that would run a shell. Writes are complete or
+absent: a reader never sees half a file.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import google_crc32c
+
+from glipv2.pipeline.errors import ConfigError, DataError
+
+SCHEMES = ("file", "memory", "s3", "gs", "az", "http", "https")
+CHUNK = 16 * 2**20
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):")
+_memory_lock = threading.Lock()
+
+
+def join(url: str, *parts: str) -> str:
+    return "/".join([url.rstrip("/") or "/", *(part.strip("/") for part in parts)])
+
+
+def is_local(url: str) -> bool:
+    return _scheme(url) == "file"
+
+
+def local_path(url: str) -> str:
+    """The absolute file system path of a local URL."""
+    if not is_local(url):
+        raise ConfigError(f"{url} is not on a local disk")
+    return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
+
+
+def exists(url: str) -> bool:
+    if is_local(url):
+        return os.path.exists(local_path(url))
+    with _explained(url):
+        return bool(_remote(url).exists(url))
+
+
+def size(url: str) -> int:
+    """Bytes of the file."""
+    with _explained(url):
+        if is_local(url):
+            return os.stat(local_path(url)).st_size
+        return int(_remote(url).info(url)["size"])
+
+
+def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:
+    """The file, or its bytes [start, end) in one request; shorter when the file ends before."""
+    with _explained(url):
+        if not is_local(url):
+            return bytes(_remote(url).cat_file(url, start=start, end=end))
+        with open(local_path(url), "rb") as file:
+            file.seek(start or 0)
+            return file.read(-1 if end is None else max(0, end - (start or 0)))
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Create or replace a file in one act."""
+    with _explained(url):
+        if is_local(url):
+            with _local_attempt(url, data) as attempt:
+                os.replace(attempt, local_path(url))
+            return
+        _remote(url).pipe_file(url, data)
+
+
+def create_once(url: str, data: bytes) -> bool:
+    """Create the file, complete or not at all; False when it exists already (then untouched).
+
+    Of any number of callers at once, on any machine, exactly one gets True; a caller whose success
+    was lost on the network may get False, so compare the content before calling it a loss.
+    """
+    with _explained(url):
+        if is_local(url):
+            with _local_attempt(url, data) as attempt:
+                try:
+                    os.link(attempt, local_path(url))
+                except FileExistsError:
+                    return False
+                _sync_folder(url)
+            return True
+        try:
+            with _memory_lock if _scheme(url) == "memory" else contextlib.nullcontext():
+                _remote(url).pipe_file(url, data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError:  # some stores answer a failed condition with another code
+            if exists(url):
+                return False
+            raise
+        return True
+
+
+def upload(path: str | Path, url: str) -> None:
+    """Copy a local file to a URL; complete or absent there."""
+    with _explained(url):
+        if not is_local(url):
+            _remote(url).put_file(str(path), url)
+            return
+        with _local_attempt(url, b"") as attempt:
+            shutil.copyfile(path, attempt)
+            with open(attempt, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(attempt, local_path(url))
+
+
+def move(source: str, target: str) -> None:
+    """Rename within one store: atomic on disk, copy and delete on object stores."""
+    with _explained(source):
+        if is_local(source) and is_local(target):
+            os.makedirs(os.path.dirname(local_path(target)), exist_ok=True)
+            os.replace(local_path(source), local_path(target))
+            _sync_folder(target)
+            return
+        _remote(source).mv(source, target)
+
+
+def delete(url: str) -> None:
+    """Remove a file; one that is gone already is fine."""
+    with _explained(url), contextlib.suppress(FileNotFoundError):
+        if is_local(url):
+            os.unlink(local_path(url))
+        else:
+            _remote(url).rm_file(url)
+
+
+def sizes(url: str) -> dict[str, int]:
+    """Name -> bytes of the files in a folder, from one listing; empty when it is absent."""
+    with _explained(url), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if is_local(url):
+            return {e.name: e.stat().st_size for e in os.scandir(local_path(url)) if e.is_file()}
+        entries = _remote(url).ls(url, detail=True)
+        return {_last(e["name"]): int(e["size"]) for e in entries if e["type"] == "file"}
+    return {}
+
+
+def list_names(url: str) -> list[str]:
+    """Sorted names of the files and folders in a folder, [] when it is absent."""
+    with _explained(url), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if is_local(url):
+            return sorted(os.listdir(local_path(url)))
+        return sorted({_last(name) for name in _remote(url).ls(url, detail=False)} - {""})
+    return []
+
+
+def crc32c(data: bytes) -> str:
+    """8 hex digits."""
+    return f"{google_crc32c.value(data):08x}"
+
+
+def file_crc32c(url: str) -> str:
+    """Checksum of a whole file, read back in pieces."""
+    value, start = 0, 0
+    while piece := read_bytes(url, start, start + CHUNK) if start < size(url) else b"":
+        value = google_crc32c.extend(value, piece)
+        start += len(piece)
+    return f"{value:08x}"
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value: sorted keys, no spaces, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode()
+
+
+def digest(value: Any) -> str:
+    """16 hex digits that change whenever the JSON value does."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
+
+
+def _scheme(url: str) -> str:
+    match = _SCHEME.match(url)
+    scheme = match[1].lower() if match else "file"
+    well_formed = match is None or url.startswith(f"{match[0]}//")
+    if scheme not in SCHEMES or not well_formed or "::" in url:
+        raise ConfigError(
+            f"{url!r} is not a place glipv2 reads or writes: use a path or one of "
+            + ", ".join(f"{name}://" for name in SCHEMES)
+        )
+    return scheme
+
+
+def _remote(url: str) -> Any:
+    """The fsspec file system of a URL; fsspec keeps one per process and never shares it by fork."""
+    scheme = _scheme(url)
+    if scheme in ("memory", "http", "https"):
+        return fsspec.filesystem(scheme)
+    return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+@contextlib.contextmanager
+def _local_attempt(url: str, data: bytes) -> Iterator[str]:
+    """A synced temporary file next to the target; gone afterwards unless it was renamed."""
+    path = local_path(url)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    handle, attempt = tempfile.mkstemp(prefix=".attempt-", dir=os.path.dirname(path))
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(attempt, 0o644)  # mkstemp's 0600 would hide the result from other users
+        yield attempt
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(attempt)
+
+
+def _sync_folder(url: str) -> None:
+    folder = os.open(os.path.dirname(local_path(url)), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Turn the failures that a user can cure into messages; others pass unchanged."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{url} doesn't exist") from error
+    except PermissionError as error:
+        raise DataError(f"{url}: permission denied ({error})") from error
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise DataError(f"{url}: a folder where a file is expected, or the reverse") from error
+    except ImportError as error:
+        raise ConfigError(f"{url}: this kind of storage needs another package: {error}") from error
+    except Exception as error:
+        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+            raise DataError(f"{url}: no credentials for this store in the environment") from error
+        raise
+
+
+class MissingFileError(DataError):
+    """The file is not there."""
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]

@@ -1,0 +1,87 @@
+"""Checkpoints exist when they are committed and whole, and not before."""
+
+import pytest
+
+from glipv2.pipeline import storage
+from glipv2.pipeline.checkpoint import (
+    COMMIT,
+    committed_steps,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_checkpoint,
+    resolve_checkpoint,
+    save_checkpoint,
+)
+from glipv2.pipeline.errors import DataError
+
+FILES = {"model.safetensors": b"weights", "trainer.json": b"{}"}
+
+
+@pytest.fixture(params=["local", "memory"])
+def run_dir(request: pytest.FixtureRequest, tmp_path: object) -> str:
+    name = request.node.name.replace("[", "-").replace("]", "")
+    return str(tmp_path) if request.param == "local" else f"memory://{name}/run"
+
+
+def test_a_saved_checkpoint_reads_back_and_is_the_newest(run_dir: str) -> None:
+    assert newest_checkpoint(run_dir) is None
+    save_checkpoint(run_dir, 100, FILES)
+    url = save_checkpoint(run_dir, 200, {**FILES, "trainer.json": b"{2}"})
+    assert newest_checkpoint(run_dir) == (url, {**FILES, "trainer.json": b"{2}"})
+    assert resolve_checkpoint(run_dir) == url
+    assert resolve_checkpoint(url) == url
+
+
+def test_a_save_that_was_cut_off_before_its_commit_does_not_exist(
+    run_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = save_checkpoint(run_dir, 100, FILES)
+    real = storage.write_bytes
+
+    def killed_at_commit(url: str, data: bytes) -> None:
+        if url.endswith(COMMIT):
+            raise KeyboardInterrupt
+        real(url, data)
+
+    monkeypatch.setattr(storage, "write_bytes", killed_at_commit)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(run_dir, 200, FILES)
+    monkeypatch.undo()
+    assert committed_steps(run_dir) == [100]
+    assert newest_checkpoint(run_dir) == (good, FILES)
+    again = save_checkpoint(run_dir, 200, FILES)
+    assert newest_checkpoint(run_dir) == (again, FILES)
+
+
+@pytest.mark.parametrize("damage", [b"weightz", b"weig", None])
+def test_an_altered_truncated_or_missing_file_makes_the_step_before_the_newest(
+    run_dir: str, damage: bytes | None
+) -> None:
+    good = save_checkpoint(run_dir, 100, FILES)
+    url = save_checkpoint(run_dir, 200, FILES)
+    victim = storage.join(url, "model.safetensors")
+    storage.delete(victim) if damage is None else storage.write_bytes(victim, damage)
+    with pytest.raises(DataError, match=r"model\.safetensors"):
+        read_checkpoint(url)
+    assert newest_checkpoint(run_dir) == (good, FILES)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over_silently(run_dir: str) -> None:
+    url = save_checkpoint(run_dir, 100, FILES)
+    storage.write_bytes(storage.join(url, "trainer.json"), b"other")
+    with pytest.raises(DataError, match=r"none can be read(?s:.)*trainer\.json"):
+        newest_checkpoint(run_dir)
+
+
+def test_pruning_keeps_the_newest_and_counts_only_committed_ones(run_dir: str) -> None:
+    for step in (100, 200, 300):
+        save_checkpoint(run_dir, step, FILES)
+    storage.write_bytes(storage.join(run_dir, "checkpoints/step-000400/model.safetensors"), b"w")
+    prune_checkpoints(run_dir, keep=2)
+    assert committed_steps(run_dir) == [200, 300]
+    assert storage.list_names(storage.join(run_dir, "checkpoints/step-000100")) == []
+
+
+def test_a_folder_without_checkpoint_is_named_in_the_error(run_dir: str) -> None:
+    with pytest.raises(DataError, match="no checkpoint in"):
+        resolve_checkpoint(run_dir)

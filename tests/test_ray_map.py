@@ -1,0 +1,69 @@
+"""A real local Ray: killed workers, poison items, errors that must come through."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.ray_map import PoisonItemError, map_in_process, map_on_ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stop_ray_at_the_end() -> Iterator[None]:
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+def make_squarer(folder: str) -> Callable[[int], int]:
+    """A worker that kills its own process: once at item 3, every time at item 13."""
+
+    def square(item: int) -> int:
+        marker = Path(folder) / f"seen-{item}"
+        if item == 13 or (item == 3 and not marker.exists()):
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item < 0:
+            raise DataError(f"item {item} is negative")
+        return item * item
+
+    return square
+
+
+def ship(make: Callable[..., object], folder: Path) -> Callable[[], object]:
+    import ray.cloudpickle
+
+    # test modules are not importable on the workers
+    ray.cloudpickle.register_pickle_by_value(__import__("sys").modules[make.__module__])
+    return partial(make, str(folder))
+
+
+def test_a_killed_worker_is_replaced_and_its_item_done_again(tmp_path: Path) -> None:
+    make = ship(make_squarer, tmp_path)
+    results = dict(map_on_ray(make, range(6), num_actors=2))  # type: ignore[arg-type]
+    assert results == {n: n * n for n in range(6)}
+    assert (tmp_path / "seen-3").exists()
+
+
+def test_an_item_that_keeps_killing_workers_is_named_after_all_others_are_done(
+    tmp_path: Path,
+) -> None:
+    done = []
+    with pytest.raises(PoisonItemError, match="13"):
+        for item, _ in map_on_ray(ship(make_squarer, tmp_path), [1, 13, 2], num_actors=1):  # type: ignore[arg-type]
+            done.append(item)
+    assert sorted(done) == [1, 2]
+
+
+def test_an_error_of_the_worker_is_raised_with_its_own_type(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="item -1 is negative"):
+        list(map_on_ray(ship(make_squarer, tmp_path), [-1], num_actors=1))  # type: ignore[arg-type]
+
+
+def test_the_same_work_runs_without_ray(tmp_path: Path) -> None:
+    assert dict(map_in_process(partial(make_squarer, str(tmp_path)), [4, 5])) == {4: 16, 5: 25}

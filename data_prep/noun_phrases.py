@@ -62,6 +62,7 @@ _PEOPLE = _words(
     " player players climber skier rider dog"
 )
 """After these a word in -s is what they do ("a boy rides"), not the head of a longer name."""
+_ACTORS = _words("i he she it we they who that which")
 _THINGS_IN_ING = _words(
     "building clothing painting railing ceiling string wing awning crossing swing sling siding"
 )
@@ -193,7 +194,9 @@ def _mend_verbs(words: list[_Word]) -> list[_Word]:
         before = mended[-1] if mended else _END
         follower = words[number + 1].tag if number + 1 < len(words) else "."
         tag = word.tag
-        if before.tag in _NOUNS and tag in _NOUNS:
+        if before.text in _ACTORS and tag in _NOUNS and follower not in _NOUNS:
+            tag = "VB"  # they wave
+        elif before.tag in _NOUNS and tag in _NOUNS:
             acts = before.text in _PEOPLE and follower in _COMPLEMENTS
             takes = before.tag == "NN" and follower in _OPENERS
             if tag == "NNS" and (acts or takes):

@@ -11,6 +11,7 @@ record per caption, so an image with five captions comes five times.
 import csv
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class Row(NamedTuple):
 
 
 def read_pairs(root: Path, dropped: Dropped, caption_field: str | None = None) -> Iterator[Record]:
-    """One `pairs` record per caption, in the order of the file; `dropped` takes what is left out."""
+    """One `pairs` record per caption, in the file's order; `dropped` takes what is left out."""
     table = pairs_table(root)
     if table is None:
         rows, folder = _rows_of_folder(root, dropped), root
@@ -98,8 +99,9 @@ def _record(row: Row, folder: Path, number: int, dropped: Dropped) -> Record:
 def _image_path(folder: Path, name: str) -> Path:
     for subfolder in IMAGE_FOLDERS:
         path = inside(folder, f"{subfolder}/{name}" if subfolder else name)
-        if path.is_file():
-            return path
+        with suppress(OSError):  # a name longer than any file's
+            if path.is_file():
+                return path
     raise BadSample("image_missing", f"{folder}: {name}")
 
 

@@ -252,7 +252,9 @@ def _name(region: Region, record: Record, categories: Sequence[str]) -> str:
 def _legend(
     record: Record, names: Sequence[str], numbers: dict[Hashable, int]
 ) -> tuple[LegendLine, ...]:
-    """One line a phrase: its boxes' scores; without any score of a model only their count."""
+    """One line a phrase with the scores of its boxes; gold phrases are named by the caption alone."""
+    if record.caption and all(region.score == 1 and region.spans for region in record.regions):
+        return ()
     lines = []
     for phrase, number in numbers.items():
         own = [i for i, region in enumerate(record.regions) if _phrase_id(region) == phrase]

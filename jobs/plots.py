@@ -130,7 +130,7 @@ def histogram(
     clipped = np.clip(np.asarray(values, dtype=np.float64), edges[0], edges[-1])
     counts, _ = np.histogram(clipped, bins=np.asarray(edges, dtype=np.float64))
     x_axis = _Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT)
-    y_axis = _Axis(0, float(counts.max()) * 1.08, HEIGHT - BOTTOM, TOP)
+    y_axis = _Axis(0, max(float(counts.max()) * 1.08, 2), HEIGHT - BOTTOM, TOP)
     bars = []
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         left, right, top = x_axis.place(low), x_axis.place(high), y_axis.place(float(count))
@@ -144,7 +144,7 @@ def histogram(
         summary=f"{title}: {len(values)} values, median {middle:.3g}",
         x_label=x_label,
         x_ticks=x_axis.ticks(5),
-        y_ticks=y_axis.ticks(3),
+        y_ticks=y_axis.ticks(3, whole=True),
         bars=tuple(bars),
     )
 
@@ -162,11 +162,12 @@ class _Axis:
         share = (value - self.low) / (self.high - self.low)
         return round(self.start + float(share) * (self.end - self.start), 1)
 
-    def ticks(self, wanted: int) -> tuple[Tick, ...]:
-        """About `wanted` round numbers inside the axis."""
+    def ticks(self, wanted: int, whole: bool = False) -> tuple[Tick, ...]:
+        """About `wanted` round numbers inside the axis; `whole` for counts."""
         rough = (self.high - self.low) / wanted
         scale = 10.0 ** math.floor(math.log10(rough))
         step = next(scale * m for m in (1, 2, 2.5, 5, 10) if scale * m >= rough * 0.999)
+        step = max(1.0, float(math.ceil(step))) if whole else step
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return tuple(

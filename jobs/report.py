@@ -105,7 +105,7 @@ def _curve_plots(run_dir: str) -> list[Plot]:
     metrics = dict.fromkeys(key for point in points for key in point if key != "step")
     plots = [
         line_plot(
-            metric.replace("_", " ").replace("ap50", "AP50"),
+            metric.replace("_", " ").capitalize().replace("ap50", "AP50"),
             [
                 Series(name=m, style=m, points=[(p["step"], p[metric]) for p in own if metric in p])
                 for m, own in curves.items()

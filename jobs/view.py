@@ -172,6 +172,9 @@ def _facts(shard_set: ShardSet, survey: _Survey) -> list[tuple[str, str, str]]:
     if survey.boxes:
         empty = survey.boxes.count(0)
         facts.append(("Without boxes", f"{empty:,}", f"{empty / survey.samples:.0%} of those read"))
+    if survey.short_sides:
+        sides = f"{min(survey.short_sides)} to {max(survey.short_sides)} px"
+        facts.append(("Median short side", f"{np.median(survey.short_sides):.0f} px", sides))
     if survey.scores:
         facts.append(("Median score", f"{np.median(survey.scores):.2f}", "of pseudo labels"))
     return facts
@@ -195,16 +198,12 @@ def _plots(survey: _Survey) -> list[Plot]:
             [edge - 0.5 for edge in range(0, most + 1 + step, step)],
         ),
         histogram("Scores of boxes", survey.scores, "score", np.linspace(0, 1, 21).tolist()),
-        histogram("Short side", survey.short_sides, "pixels", _edges(survey.short_sides)),
     ]
+    low, high = min(survey.short_sides, default=0), max(survey.short_sides, default=0)
+    if low < high:
+        edges = np.linspace(low, high, 17).tolist()
+        plots.append(histogram("Short side", survey.short_sides, "pixels", edges))
     return [plot for plot in plots if plot]
-
-
-def _edges(values: Sequence[int]) -> list[float]:
-    low, high = min(values, default=0), max(values, default=1)
-    if low == high:  # all pictures of one size: a plot around it
-        low, high = low - 8, high + 8
-    return np.linspace(low, high, 17).tolist()
 
 
 def _bytes(size: float) -> str:

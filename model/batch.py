@@ -7,6 +7,7 @@ Boxes are always xyxy, in pixels; the docstring says of which image.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Batch:
     """`source/key` of each sample, so that a bad one can be found again."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for f in fields(self)
             for value in [getattr(self, f.name)]

@@ -128,7 +128,8 @@ class Grounder:
         device = self.model.alignment_head.bias0.device
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, image in enumerate(images):
-            size = resized_size(*image.shape[1:], settings.short_side, settings.long_side)
+            height, width = image.shape[1:]
+            size = resized_size(height, width, settings.short_side, settings.long_side)
             by_shape[settings.pad_to or tuple(-(-side // 32) for side in size)].append(number)
         for members in by_shape.values():
             for first in range(0, len(members), batch_size):

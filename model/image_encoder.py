@@ -14,6 +14,9 @@ _STD_BGR = (57.375, 57.120, 58.395)
 class ImageEncoder(nn.Module):
     """uint8 RGB images to three feature maps, each with its own LayerNorm (facts A.2, A.3)."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
         self.swin = SwinTransformer(
@@ -53,7 +56,7 @@ class ImageEncoder(nn.Module):
 
     def _normalise(self, images_B3HW: Tensor, sizes_B2: Tensor) -> Tensor:
         H, W = images_B3HW.shape[2:]
-        dtype = self.norms[0].weight.dtype
+        dtype = self.swin.patch_embed.proj.weight.dtype
         normalised = ((images_B3HW.flip(1).float() - self.mean) / self.std).to(dtype)
         rows_BH = torch.arange(H, device=sizes_B2.device) < sizes_B2[:, :1]
         columns_BW = torch.arange(W, device=sizes_B2.device) < sizes_B2[:, 1:]

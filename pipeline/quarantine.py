@@ -15,13 +15,17 @@ log = logging.getLogger(__name__)
 class Quarantine:
     """Callable as `on_bad`; any number of processes may append to one file at once.
 
-    With a local `path` the lines {source, shard, key, reason, detail} go there; without one only
-    this process's counts are kept. It may be pickled: the copy starts counting at zero.
+    With a local `path` the lines {source, shard, key, reason, detail} go there; without one, or on
+    an object store, which can't append, only this process's counts are kept. It may be pickled:
+    the copy starts counting at zero.
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self.path = None if path is None else storage.local_path(path)
+        local = path is not None and storage.is_local(path)
+        self.path = storage.local_path(path) if local and path else None
         self._counts: Counter[str] = Counter()
+        if self.path is not None:
+            self._append(b"")  # an empty file says: nothing was skipped
 
     def __call__(self, source: str, shard: str, key: str, bad: BadSample) -> None:
         self._counts[bad.reason] += 1
@@ -35,12 +39,7 @@ class Quarantine:
             "reason": bad.reason,
             "detail": bad.detail[:MAX_DETAIL],
         }
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, json.dumps(line).encode() + b"\n")  # one write: lines never mix
-        finally:
-            os.close(file)
+        self._append(json.dumps(line).encode() + b"\n")
 
     def counts(self) -> Counter[str]:
         """Reason -> samples: of all processes with a file, of this one without."""
@@ -48,6 +47,15 @@ class Quarantine:
             return Counter(self._counts)
         with open(self.path, encoding="utf-8") as file:
             return Counter(json.loads(line)["reason"] for line in file if line.endswith("\n"))
+
+    def _append(self, line: bytes) -> None:
+        assert self.path is not None
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, line)  # one write: lines of several processes never mix
+        finally:
+            os.close(file)
 
     def __reduce__(self) -> tuple[type["Quarantine"], tuple[str | None]]:
         return Quarantine, (self.path,)

@@ -219,7 +219,7 @@ class Budget:
             raise DataError(
                 f"{self.bad} of {self.seen} samples could not be used, more than "
                 f"data.max_bad_share = {self.max_bad_share:g}; the latest: {latest}. The "
-                "quarantine file lists them: repair or replace the shard set, or raise data.max_bad_share"
+                "quarantine file lists them: repair or replace the shard set, or raise that share"
             )
 
 
@@ -233,13 +233,17 @@ def _check(
     config: StreamConfig,
     world_size: int,
 ) -> None:
-    batch, lanes = config.global_batch, config.lanes
     if not sets or set(sets) != set(weights):
         raise ConfigError(
             f"data.mixture names {sorted(weights)}, the shard sets are {sorted(sets)}"
         )
     if any(not weight > 0 for weight in weights.values()):
         raise ConfigError(f"every weight in data.mixture must be positive: {dict(weights)}")
+    check_lanes(config.lanes, config.global_batch, world_size)
+
+
+def check_lanes(lanes: int, batch: int, world_size: int) -> None:
+    """ConfigError with the cure unless lanes divide the batch, and ranks the lanes."""
     if lanes < 1 or batch % lanes:
         raise ConfigError(
             f"data.lanes ({lanes}) must divide train.global_batch ({batch}): set data.lanes to "

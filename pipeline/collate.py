@@ -1,0 +1,73 @@
+"""Samples of different sizes into one padded batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glipv2.model.batch import NO_CATEGORY, NO_WORD, Batch
+from glipv2.model.images import pad_images
+from glipv2.pipeline.masking import IGNORE
+
+SHORTEST_TEXT, TEXT_STEP = 16, 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One training sample, ready but for padding. N boxes, T tokens."""
+
+    key: str
+    """`source/key`."""
+    image_3HW: Tensor
+    """uint8, resized. The other fields are arrays: small enough to travel between processes."""
+    boxes_N4: np.ndarray
+    """float32 xyxy in pixels of image_3HW."""
+    positive_NT: np.ndarray
+    """bool, the tokens that name each box; every row has one."""
+    box_category_N: np.ndarray
+    token_ids_T: np.ndarray
+    """int64, some of them corrupted."""
+    mlm_labels_T: np.ndarray
+    token_category_T: np.ndarray
+
+
+def text_length(longest: int, most: int) -> int:
+    """The few lengths that texts are padded to: 16, 32, 64, 96, ... at most `most` tokens."""
+    if longest <= SHORTEST_TEXT:
+        return min(SHORTEST_TEXT, most)
+    return min(-(-longest // TEXT_STEP) * TEXT_STEP, most)
+
+
+def collate(
+    samples: Sequence[Sample], pad_id: int, max_tokens: int, pad_to: tuple[int, int] | None
+) -> Batch:
+    """Pad images (to `pad_to` or the largest), texts (to a bucket) and boxes (to the most)."""
+    images_B3HW, sizes_B2 = pad_images([sample.image_3HW for sample in samples], pad_to)
+    B, N = len(samples), max(1, *(len(sample.boxes_N4) for sample in samples))
+    T = text_length(max(len(sample.token_ids_T) for sample in samples), max_tokens)
+    batch = Batch(
+        images_B3HW=images_B3HW,
+        sizes_B2=sizes_B2,
+        tokens_BT=torch.full((B, T), pad_id),
+        token_mask_BT=torch.zeros((B, T), dtype=torch.bool),
+        mlm_labels_BT=torch.full((B, T), IGNORE),
+        boxes_BN4=torch.zeros((B, N, 4)),
+        box_mask_BN=torch.zeros((B, N), dtype=torch.bool),
+        positive_BNT=torch.zeros((B, N, T), dtype=torch.bool),
+        box_category_BN=torch.full((B, N), NO_CATEGORY),
+        token_category_BT=torch.full((B, T), NO_WORD),
+        keys=[sample.key for sample in samples],
+    )
+    for row, sample in enumerate(samples):
+        n, t = sample.positive_NT.shape
+        batch.tokens_BT[row, :t] = torch.from_numpy(sample.token_ids_T)
+        batch.token_mask_BT[row, :t] = True
+        batch.mlm_labels_BT[row, :t] = torch.from_numpy(sample.mlm_labels_T)
+        batch.boxes_BN4[row, :n] = torch.from_numpy(sample.boxes_N4)
+        batch.box_mask_BN[row, :n] = True
+        batch.positive_BNT[row, :n, :t] = torch.from_numpy(sample.positive_NT)
+        batch.box_category_BN[row, :n] = torch.from_numpy(sample.box_category_N)
+        batch.token_category_BT[row, :t] = torch.from_numpy(sample.token_category_T)
+    return batch

@@ -1,0 +1,233 @@
+"""The data path: shards -> stream -> picture and text -> tokens -> batch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from glipv2.model.batch import NO_CATEGORY, NO_WORD, Batch
+from glipv2.model.prompts import clean_category, token_map
+from glipv2.model.tokenizer import Tokenizer
+from glipv2.pipeline.augment import Augmentation, augment
+from glipv2.pipeline.collate import Sample, collate
+from glipv2.pipeline.config import DataConfig
+from glipv2.pipeline.errors import ConfigError
+from glipv2.pipeline.images import decode_image
+from glipv2.pipeline.masking import Masking, mask_tokens, tokens_within
+from glipv2.pipeline.negatives import Negatives, TrainingText, caption_text, detection_text
+from glipv2.pipeline.shard_format import ShardSet
+from glipv2.pipeline.stream import (
+    OnBad,
+    Position,
+    Slot,
+    Stream,
+    StreamConfig,
+    check_lanes,
+    largest_divisor,
+)
+from glipv2.pipeline.workers import batches_from_workers
+
+MOST_LANES = 64
+LOCALISED = ("detection", "grounding", "referring")
+"""Tasks whose records say where things are."""
+
+
+class Loader:
+    """Endless batches of one rank, from any position."""
+
+    def __init__(self, stream: Stream, prepare: "Preparation", data: DataConfig) -> None:
+        self.stream = stream
+        self.prepare = prepare
+        self.data = data
+
+    def start(self) -> Position:
+        return self.stream.start()
+
+    def batches(self, position: Position) -> Iterator[tuple[Batch, Position]]:
+        """This rank's share of each global batch after `position`, and the position after it."""
+        if self.data.workers:
+            prepared = batches_from_workers(self.stream, position, self.prepare, self.data.workers)
+        else:
+            prepared = self.stream.batches(position, self.prepare)
+        tokenizer = self.prepare.tokenizer
+        for samples, after in prepared:
+            yield collate(samples, tokenizer.pad_id, tokenizer.max_tokens, self.data.pad_to), after
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """From a stream's slot to a sample; a pure function of the slot."""
+
+    tokenizer: Tokenizer
+    augmentation: Augmentation
+    negatives: Negatives
+    masking: Masking
+    categories: Mapping[str, "Categories"]
+    """Source -> its categories."""
+
+    def __call__(self, slot: Slot) -> Sample:
+        record, rng = slot.record, slot.rng
+        if record.task not in LOCALISED:
+            raise ConfigError(
+                f"data.mixture: {slot.source} holds records of task {record.task} ({record.key}), "
+                "which say nothing of places: run `glipv2 label` on it and train on the result"
+            )
+        boxes_N4 = torch.tensor([region.box for region in record.regions]).reshape(-1, 4)
+        image_3HW, boxes_N4 = augment(
+            decode_image(record.image), boxes_N4, self._said(slot), self.augmentation, rng
+        )
+        text = self._text(slot)
+        tokens = self.tokenizer.encode(text.prompt.text)  # the one time it is tokenised
+        positive_PT = token_map(tokens, text.prompt.spans)
+        kept, phrases = _named_regions(text, positive_PT)
+        ids_T = np.array(tokens.ids)
+        open_T = tokens_within(tokens.offsets, text.maskable)
+        corrupted_T, labels_T = mask_tokens(ids_T, open_T, self.masking, rng)
+        category_P = self.categories[slot.source].shared_ids(text.categories)
+        token_category_T = np.full(len(ids_T), NO_WORD)
+        for positive_T, category in zip(positive_PT, category_P, strict=True):
+            if category != NO_CATEGORY:
+                token_category_T[positive_T] = category
+        return Sample(
+            key=f"{slot.source}/{record.key}",
+            image_3HW=image_3HW,
+            boxes_N4=boxes_N4.numpy()[kept],
+            positive_NT=positive_PT[phrases],
+            box_category_N=category_P[phrases],
+            token_ids_T=corrupted_T,
+            mlm_labels_T=labels_T,
+            token_category_T=token_category_T,
+        )
+
+    def _text(self, slot: Slot) -> TrainingText:
+        budget = self.tokenizer.max_tokens - 2
+        if slot.record.task == "detection":
+            own = self.categories[slot.source]
+            return detection_text(
+                slot.record, own.names, own.costs, budget, self.negatives, slot.rng
+            )
+        return caption_text(
+            slot.record, slot.neighbours, self._count, budget, self.negatives, slot.rng
+        )
+
+    def _said(self, slot: Slot) -> str:
+        """The words that are claimed of this image: they decide whether it may be mirrored."""
+        names = self.categories[slot.source].names
+        present = [names[r.category] for r in slot.record.regions if r.category is not None]
+        return " ".join([slot.record.caption, *present])
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer.encode(text).ids) - 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Categories:
+    """The category names of one shard set."""
+
+    names: tuple[str, ...]
+    costs: tuple[int, ...]
+    """Tokens of each name."""
+    ids: tuple[int, ...]
+    """Number of each name in the vocabulary shared by all sets of the mixture."""
+
+    def shared_ids(self, numbers: Sequence[int | None]) -> np.ndarray:
+        """int64, NO_CATEGORY for None."""
+        ids = [NO_CATEGORY if number is None else self.ids[number] for number in numbers]
+        return np.array(ids, dtype=np.int64)
+
+
+def build_loader(
+    data: DataConfig,
+    global_batch: int,
+    sets: Mapping[str, ShardSet],
+    tokenizer: Tokenizer,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    on_bad: OnBad | None = None,
+) -> Loader:
+    """The loader of one rank; `sets` are the opened shard sets that `data.mixture` names."""
+    _check(data, sets)
+    config = StreamConfig(
+        seed=seed,
+        global_batch=global_batch,
+        lanes=lane_count(data, global_batch, world_size),
+        unit_samples=data.unit_samples,
+        window_units=data.window_units,
+        max_bad_share=data.max_bad_share,
+    )
+    prepare = Preparation(
+        tokenizer=tokenizer,
+        augmentation=Augmentation(
+            short_sides=data.short_sides, long_side=data.long_side, flip=data.flip
+        ),
+        negatives=Negatives(
+            max_categories=data.max_negatives,
+            full_share=data.full_negatives_share,
+            packing=data.caption_packing,
+            max_captions=data.max_packed_captions,
+        ),
+        masking=Masking(
+            probability=data.mlm_probability,
+            mask_id=tokenizer.mask_id,
+            vocab_size=tokenizer.vocab_size,
+            special_ids=tokenizer.special_ids,
+        ),
+        categories=shared_categories(sets, tokenizer),
+    )
+    stream = Stream(sets, data.mixture, config, rank, world_size, on_bad)
+    return Loader(stream, prepare, data)
+
+
+def lane_count(data: DataConfig, global_batch: int, world_size: int) -> int:
+    """The run's number of lanes; ConfigError when batch, lanes and ranks don't divide."""
+    lanes = data.lanes or largest_divisor(global_batch, MOST_LANES)
+    check_lanes(lanes, global_batch, world_size)
+    return lanes
+
+
+def shared_categories(sets: Mapping[str, ShardSet], tokenizer: Tokenizer) -> dict[str, Categories]:
+    """Each set's categories, numbered so that equal names in several sets have equal ids."""
+    cleaned = {
+        source: tuple(clean_category(name) for name in shard_set.categories)
+        for source, shard_set in sets.items()
+    }
+    every_name = sorted({name for names in cleaned.values() for name in names})
+    vocabulary = {name: number for number, name in enumerate(every_name)}
+    cost = {name: len(tokenizer.encode(name).ids) - 2 for name in vocabulary}
+    return {
+        source: Categories(
+            names=names,
+            costs=tuple(cost[name] for name in names),
+            ids=tuple(vocabulary[name] for name in names),
+        )
+        for source, names in cleaned.items()
+    }
+
+
+def _check(data: DataConfig, sets: Mapping[str, ShardSet]) -> None:
+    if data.pad_to is not None and min(data.pad_to) < data.long_side:
+        raise ConfigError(
+            f"data.pad_to {data.pad_to} must be at least data.long_side ({data.long_side}) both "
+            "ways, as pictures may be wide or tall"
+        )
+    in_memory = [name for name, shard_set in sets.items() if shard_set.url.startswith("memory:")]
+    if data.workers and in_memory:
+        raise ConfigError(
+            f"{in_memory[0]} is kept in this process's memory, where loader processes can't reach "
+            "it: set data.workers to 0"
+        )
+
+
+def _named_regions(text: TrainingText, positive_PT: np.ndarray) -> tuple[list[int], list[int]]:
+    """The regions whose phrase is in the text as the model sees it, and their phrases.
+
+    A region whose words were cut off is dropped: nothing in the text could name it.
+    """
+    pairs = [
+        (region, phrase)
+        for region, phrase in enumerate(text.phrase_of_region)
+        if phrase is not None and positive_PT[phrase].any()
+    ]
+    return [region for region, _ in pairs], [phrase for _, phrase in pairs]

@@ -1,0 +1,134 @@
+"""The text of a training sample: its own words among words that are not in the picture.
+
+Detection data: the image's categories and random others, shuffled (GLIP, facts C.4). Captions: the
+caption, sometimes packed between captions of other images (facts C.5).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from glipv2.model.prompts import Prompt, caption_prompt, category_prompt
+from glipv2.pipeline.records import Record, Span
+
+SEPARATOR_COST = 1
+"""Tokens of the full stop between two names or captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingText:
+    """A prompt and what its phrases have to do with the image's regions."""
+
+    prompt: Prompt
+    phrase_of_region: list[int | None]
+    """Which phrase names each region of the record; None when it didn't fit into the text."""
+    categories: list[int | None]
+    """Category number of each phrase in its own shard set; None for phrases of captions."""
+    maskable: tuple[Span, ...]
+    """Characters that masked language modelling may hide: those that tell of this image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Negatives:
+    """How many words of other images a text may hold."""
+
+    max_categories: int
+    full_share: float
+    """Share of prompts with as many as allowed; the others draw a uniform number."""
+    packing: float
+    """Probability that a caption is packed at all."""
+    max_captions: int
+
+    def draw_count(self, most: int, rng: np.random.Generator) -> int:
+        full, some = rng.random() < self.full_share, int(rng.integers(1, max(most, 1) + 1))
+        return most if full else min(some, most)
+
+
+def detection_text(
+    record: Record,
+    names: Sequence[str],
+    costs: Sequence[int],
+    budget: int,
+    settings: Negatives,
+    rng: np.random.Generator,
+) -> TrainingText:
+    """Names of the record's categories and of absent ones, in random order.
+
+    `names` are the categories of its shard set, `costs` their lengths in tokens; the text takes at
+    most `budget` tokens. Present categories go first: only a budget too small for them loses any.
+    """
+    present = sorted({region.category for region in record.regions if region.category is not None})
+    absent = sorted(set(range(len(names))) - set(present))
+    count = settings.draw_count(settings.max_categories, rng)
+    candidates = [*rng.permutation(present), *rng.permutation(absent)[:count]]
+    chosen: list[int] = []
+    for category in map(int, candidates):
+        cost = costs[category] + SEPARATOR_COST
+        if cost - SEPARATOR_COST * (not chosen) <= budget:
+            chosen.append(category)
+            budget -= cost
+    chosen = [chosen[place] for place in rng.permutation(len(chosen))]
+    prompt = category_prompt([names[category] for category in chosen])
+    phrase_of = {category: phrase for phrase, category in enumerate(chosen)}
+    return TrainingText(
+        prompt=prompt,
+        phrase_of_region=[phrase_of.get(region.category) for region in record.regions],  # type: ignore[arg-type]
+        categories=list(chosen),
+        maskable=tuple(
+            span for c in present if c in phrase_of for span in prompt.spans[phrase_of[c]]
+        ),
+    )
+
+
+def caption_text(
+    record: Record,
+    neighbours: Sequence[str],
+    count_tokens: Callable[[str], int],
+    budget: int,
+    settings: Negatives,
+    rng: np.random.Generator,
+) -> TrainingText:
+    """The record's caption, perhaps among captions of `neighbours`, in random order.
+
+    Captions are added while the text stays within `budget` tokens, the own one always first.
+    """
+    before, after = "", ""
+    if neighbours and rng.random() < settings.packing:
+        before, after = _packing(record.caption, neighbours, count_tokens, budget, settings, rng)
+    shift = len(before)
+    prompt = caption_prompt(
+        before + record.caption + after,
+        [[(a + shift, b + shift) for a, b in region.spans] for region in record.regions],
+    )
+    return TrainingText(
+        prompt=prompt,
+        phrase_of_region=list(range(len(record.regions))),
+        categories=[None] * len(record.regions),
+        maskable=((shift, shift + len(record.caption)),),
+    )
+
+
+def _packing(
+    caption: str,
+    neighbours: Sequence[str],
+    count_tokens: Callable[[str], int],
+    budget: int,
+    settings: Negatives,
+    rng: np.random.Generator,
+) -> tuple[str, str]:
+    """What to put before and after a caption."""
+    count = settings.draw_count(settings.max_captions, rng)
+    budget -= count_tokens(caption) + SEPARATOR_COST
+    texts: list[str] = []
+    for place in rng.permutation(len(neighbours))[:count]:
+        text = neighbours[place].strip().rstrip(".")
+        cost = count_tokens(text) + SEPARATOR_COST
+        if cost > budget or not text:
+            break
+        texts.append(text)
+        budget -= cost
+    cut = int(rng.integers(len(texts) + 1))
+    before = "".join(f"{text}. " for text in texts[:cut])
+    separator = " " if caption.rstrip().endswith(".") else ". "
+    return before, separator + "".join(f"{text}. " for text in texts[cut:]) if texts else ""

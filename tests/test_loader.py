@@ -1,0 +1,401 @@
+import io
+import itertools
+import uuid
+from collections import Counter
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from glipv2.model.batch import NO_CATEGORY, NO_WORD
+from glipv2.model.tokenizer import Tokenizer, tiny_vocab
+from glipv2.pipeline import shards
+from glipv2.pipeline.augment import Augmentation, augment
+from glipv2.pipeline.collate import text_length
+from glipv2.pipeline.config import DataConfig
+from glipv2.pipeline.errors import ConfigError
+from glipv2.pipeline.loader import build_loader, lane_count
+from glipv2.pipeline.masking import IGNORE, Masking, mask_tokens
+from glipv2.pipeline.negatives import Negatives, caption_text, detection_text
+from glipv2.pipeline.records import Record, Region
+
+COLOURS, SHAPES = ("red", "blue", "green", "yellow"), ("square", "circle", "triangle")
+CATEGORIES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+DATA = DataConfig(
+    mixture={"detection": 1.0, "grounding": 1.0},
+    short_sides=(64, 96),
+    long_side=128,
+    max_negatives=4,
+    caption_packing=0.6,
+    max_packed_captions=3,
+    lanes=4,
+    unit_samples=4,
+)
+
+
+def picture(number, size=(80, 60), box=(10, 20, 40, 50)):
+    """A JPEG whose box is white on a dark ground."""
+    image = Image.new("RGB", size, (number % 60, 20, 40))
+    ImageDraw.Draw(image).rectangle(box, fill="white")
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def detection(number):
+    return Record(
+        key=f"d{number:04d}",
+        image=picture(number),
+        image_format="jpg",
+        width=80,
+        height=60,
+        task="detection",
+        regions=(Region(box=(10.0, 20.0, 41.0, 51.0), category=number % len(CATEGORIES)),),
+    )
+
+
+def grounding(number, caption=None, phrase=None, task="grounding"):
+    phrase = phrase or CATEGORIES[number % len(CATEGORIES)]
+    caption = caption or f"a picture of a {phrase} and number {number}"
+    start = caption.index(phrase)
+    span = (start, start + len(phrase))
+    return Record(
+        key=f"g{number:04d}",
+        image=picture(number),
+        image_format="jpg",
+        width=80,
+        height=60,
+        task=task,
+        caption=caption,
+        regions=(Region(box=(10.0, 20.0, 41.0, 51.0), spans=(span,), phrase=phrase),),
+    )
+
+
+def make_sets(folder):
+    return {
+        "detection": shards.write_shard_set(
+            f"{folder}/detection", map(detection, range(40)), CATEGORIES, {}, 16
+        ),
+        "grounding": shards.write_shard_set(
+            f"{folder}/grounding", map(grounding, range(40)), [], {}, 16
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    return make_sets(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_vocab(tiny_vocab(), 64)
+
+
+def take(loader, count, position=None):
+    return list(itertools.islice(loader.batches(position or loader.start()), count))
+
+
+def assert_equal(one, two):
+    for field in fields(one):
+        a, b = getattr(one, field.name), getattr(two, field.name)
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype, field.name
+            assert torch.equal(a, b), field.name
+        else:
+            assert a == b, field.name
+
+
+def words(tokenizer, ids):
+    return [tokenizer.vocabulary[i] for i in ids]
+
+
+def test_a_batch_has_the_agreed_shapes_and_types(sets, tokenizer):
+    for batch, _ in take(build_loader(DATA, 8, sets, tokenizer), 5):
+        B, N, T = batch.positive_BNT.shape
+        assert (B, T % 16) == (8, 0)
+        assert batch.images_B3HW.dtype == torch.uint8
+        assert batch.images_B3HW.shape[:2] == (8, 3)
+        assert [side % 32 for side in batch.images_B3HW.shape[2:]] == [0, 0]
+        assert batch.sizes_B2.shape == (8, 2)
+        assert batch.boxes_BN4.shape == (B, N, 4)
+        for name in ("tokens", "mlm_labels", "token_category"):
+            assert getattr(batch, f"{name}_BT").shape == (B, T)
+            assert getattr(batch, f"{name}_BT").dtype == torch.int64
+        assert batch.box_category_BN.dtype == torch.int64
+        assert batch.boxes_BN4.dtype == torch.float32
+        assert (
+            batch.token_mask_BT.sum(1).tolist()
+            == (batch.tokens_BT != tokenizer.pad_id).sum(1).tolist()
+        )
+        assert len(batch.keys) == 8
+
+
+def test_boxes_stay_on_their_object_through_resize_and_flip(sets, tokenizer):
+    flipped = Counter()
+    for batch, _ in take(build_loader(DATA, 8, sets, tokenizer), 10):
+        for row in range(8):
+            height, width = batch.sizes_B2[row].tolist()
+            white_HW = batch.images_B3HW[row, :, :height, :width].min(0).values > 128
+            rows, columns = white_HW.any(1).nonzero(), white_HW.any(0).nonzero()
+            found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert np.allclose(batch.boxes_BN4[row, 0].tolist(), found, atol=1.6)
+            flipped[bool(found[0] > width * 0.3)] += 1
+            assert min(height, width) in (64, 96)
+    assert min(flipped.values()) > 15
+
+
+def test_the_named_tokens_are_the_words_of_the_box(sets, tokenizer):
+    plain = replace(DATA, mlm_probability=0.0)
+    for batch, _ in take(build_loader(plain, 8, sets, tokenizer), 10):
+        for row, key in enumerate(batch.keys):
+            named = batch.tokens_BT[row, batch.positive_BNT[row, 0]].tolist()
+            number = int(key[-4:]) % len(CATEGORIES)
+            assert " ".join(words(tokenizer, named)) == CATEGORIES[number]
+
+
+def test_categories_carry_shared_ids_and_captions_none(sets, tokenizer):
+    plain = replace(DATA, mlm_probability=0.0)
+    vocabulary = sorted(CATEGORIES)
+    for batch, _ in take(build_loader(plain, 8, sets, tokenizer), 10):
+        for row, key in enumerate(batch.keys):
+            if key.startswith("grounding/"):
+                assert batch.box_category_BN[row].unique().tolist() == [NO_CATEGORY]
+                assert batch.token_category_BT[row].unique().tolist() == [NO_WORD]
+                continue
+            own = CATEGORIES[int(key[-4:]) % len(CATEGORIES)]
+            assert batch.box_category_BN[row, 0] == vocabulary.index(own)
+            for category in batch.token_category_BT[row].unique().tolist():
+                if category != NO_WORD:
+                    ids = batch.tokens_BT[row, batch.token_category_BT[row] == category].tolist()
+                    assert " ".join(words(tokenizer, ids)) == vocabulary[category]
+
+
+def test_equal_names_in_two_sets_share_an_id(tmp_path, tokenizer):
+    def one_set(name, categories):
+        record = replace(detection(0), regions=(Region(box=(1.0, 1.0, 9.0, 9.0), category=1),))
+        records = [replace(record, key=f"k{n}") for n in range(8)]
+        return shards.write_shard_set(str(tmp_path / name), records, categories, {})
+
+    sets = {"a": one_set("a", ["red_square", "cat"]), "b": one_set("b", ["dog", "red square"])}
+    data = replace(DATA, mixture={"a": 1.0, "b": 1.0})
+    loader = build_loader(data, 4, sets, tokenizer)
+    ids = {source: own.ids for source, own in loader.prepare.categories.items()}
+    assert ids == {"a": (2, 0), "b": (1, 2)}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_batches_and_positions(sets, tokenizer, workers):
+    alone = take(build_loader(DATA, 8, sets, tokenizer), 4)
+    served = build_loader(replace(DATA, workers=workers), 8, sets, tokenizer)
+    start = alone[0][1]
+    for (one, here), (two, there) in zip(alone[1:], take(served, 3, start), strict=True):
+        assert_equal(one, two)
+        assert here == there
+
+
+def test_a_users_error_in_a_worker_keeps_its_message(sets, tokenizer):
+    served = build_loader(replace(DATA, workers=1), 8, sets, tokenizer)
+    other = build_loader(DATA, 8, sets, tokenizer, seed=1).start()
+    with pytest.raises(ConfigError, match=r"^this run stopped at step 0 with another seed"):
+        take(served, 1, other)
+
+
+def test_resuming_gives_the_same_batches(sets, tokenizer):
+    loader = build_loader(DATA, 8, sets, tokenizer, seed=3)
+    whole = take(loader, 6)
+    again = take(build_loader(DATA, 8, sets, tokenizer, seed=3), 3, whole[2][1])
+    for (one, here), (two, there) in zip(whole[3:], again, strict=True):
+        assert_equal(one, two)
+        assert here == there
+
+
+def test_ranks_split_the_same_global_batch(sets, tokenizer):
+    pinned = replace(DATA, pad_to=(128, 128))
+    (alone, _), *_ = take(build_loader(pinned, 8, sets, tokenizer), 1)
+    for rank in range(2):
+        (share, _), *_ = take(build_loader(pinned, 8, sets, tokenizer, rank, 2), 1)
+        rows = [0, 1, 4, 5] if rank == 0 else [2, 3, 6, 7]
+        assert share.keys == [alone.keys[row] for row in rows]
+        assert torch.equal(share.images_B3HW, alone.images_B3HW[rows])
+        assert torch.equal(share.sizes_B2, alone.sizes_B2[rows])
+
+
+def test_the_whole_path_works_on_memory_urls(tokenizer):
+    sets = make_sets(f"memory://{uuid.uuid4().hex}")
+    (batch, _), *_ = take(build_loader(DATA, 8, sets, tokenizer), 1)
+    assert len(batch.keys) == 8
+    with pytest.raises(ConfigError, match=r"memory.*set data\.workers to 0"):
+        build_loader(replace(DATA, workers=1), 8, sets, tokenizer)
+
+
+def test_an_image_that_does_not_decode_is_skipped_and_reported(tmp_path, tokenizer):
+    records = list(map(detection, range(24)))
+    raws = [shards.RawSample(key=r.key, members=shards.record_members(r)) for r in records]
+    whole = raws[5].members["jpg"]
+    raws[5] = replace(raws[5], members={**raws[5].members, "jpg": whole[: len(whole) // 2]})
+    shard = shards.write_raw_shard(str(tmp_path), "shard-000000", raws)
+    sets = {"detection": shards.write_manifest(str(tmp_path), [shard], CATEGORIES, {})}
+    bad = []
+    data = replace(DATA, mixture={"detection": 1.0}, max_bad_share=0.5)
+    loader = build_loader(data, 8, sets, tokenizer, on_bad=lambda *args: bad.append(args))
+    keys = [key for batch, _ in take(loader, 3) for key in batch.keys]
+    assert len(keys) == 24
+    assert "detection/d0005" not in keys
+    assert [(s, k, why.reason) for s, _, k, why in bad][0] == (
+        "detection",
+        "d0005",
+        "image_undecodable",
+    )
+
+
+def test_unlabelled_pairs_are_refused_with_the_cure(tmp_path, tokenizer):
+    records = [replace(grounding(n), task="pairs", regions=()) for n in range(8)]
+    sets = {"web": shards.write_shard_set(str(tmp_path), records, [], {})}
+    loader = build_loader(replace(DATA, mixture={"web": 1.0}), 4, sets, tokenizer)
+    with pytest.raises(ConfigError, match="web holds records of task pairs .*glipv2 label"):
+        take(loader, 1)
+
+
+def test_a_padding_that_pictures_may_not_fit_is_refused(sets, tokenizer):
+    with pytest.raises(ConfigError, match=r"data\.pad_to \(64, 128\) must be at least"):
+        build_loader(replace(DATA, pad_to=(64, 128)), 8, sets, tokenizer)
+
+
+def test_lanes_default_to_the_largest_divisor_of_the_batch_up_to_64():
+    free = replace(DATA, lanes=None)
+    assert [lane_count(free, batch, 1) for batch in (8, 64, 96, 30, 256)] == [8, 64, 48, 30, 64]
+    with pytest.raises(ConfigError, match="3 ranks can't share 8 lanes equally: start 2 ranks"):
+        lane_count(free, 8, 3)
+
+
+# ---- the steps alone ----
+
+
+def test_a_picture_whose_text_names_a_side_is_never_mirrored():
+    image_3HW = torch.arange(12, dtype=torch.uint8).reshape(1, 2, 6).expand(3, 2, 6)
+    boxes_N4 = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+    always = Augmentation(short_sides=(2,), long_side=6, flip=1.0)
+    rng = np.random.default_rng(0)
+    same, boxes = augment(image_3HW, boxes_N4, "the man on the Left", always, rng)
+    assert torch.equal(same, image_3HW)
+    assert torch.equal(boxes, boxes_N4)
+    mirrored, boxes = augment(image_3HW, boxes_N4, "a bright light", always, rng)
+    assert torch.equal(mirrored, image_3HW.flip(2))
+    assert boxes.tolist() == [[4.0, 0.0, 6.0, 2.0]]
+
+
+def texts(count, budget=1000, settings=None, records=None):
+    settings = settings or Negatives(max_categories=5, full_share=0.5, packing=1.0, max_captions=3)
+    rng = np.random.default_rng(0)
+    costs = [len(name.split()) for name in CATEGORIES]
+    return [
+        detection_text(detection(n % 7), CATEGORIES, costs, budget, settings, rng)
+        for n in range(count)
+    ]
+
+
+def test_half_the_detection_prompts_are_full_and_the_others_hold_any_number():
+    counts = Counter(len(text.categories) - 1 for text in texts(1000))
+    assert set(counts) == {1, 2, 3, 4, 5}
+    assert 500 < counts[5] < 700
+    assert min(counts.values()) > 60
+
+
+def test_a_detection_prompt_holds_its_positives_once_at_any_place():
+    places = Counter()
+    for number, text in enumerate(texts(300)):
+        assert len(set(text.categories)) == len(text.categories)
+        (phrase,) = text.phrase_of_region
+        assert text.categories[phrase] == number % 7
+        (span,) = text.prompt.spans[phrase]
+        assert text.maskable == (span,)
+        places[phrase] += 1
+    assert len(places) == 6
+
+
+def test_negatives_stop_at_the_token_budget_and_positives_come_first():
+    for text in texts(100, budget=8):
+        assert len(text.categories) <= 3
+        assert text.phrase_of_region != [None]
+    assert all(text.phrase_of_region == [None] for text in texts(5, budget=1))
+
+
+def test_a_packed_caption_keeps_its_spans_and_fits_the_budget():
+    settings = Negatives(max_categories=1, full_share=0.5, packing=0.6, max_captions=4)
+    rng = np.random.default_rng(0)
+    neighbours = [f"this is neighbour number {n}." for n in range(9)]
+    packed = Counter()
+    for number in range(300):
+        record = grounding(number)
+        text = caption_text(record, neighbours, lambda t: len(t.split()), 40, settings, rng)
+        ((start, end),) = text.prompt.spans[0]
+        assert text.prompt.text[start:end] == record.regions[0].phrase
+        ((start, end),) = text.maskable
+        assert text.prompt.text[start:end] == record.caption
+        assert len(text.prompt.text.split()) <= 40
+        packed[text.prompt.text.count("neighbour")] += 1
+    assert 90 < packed[0] < 150
+    assert set(packed) == {0, 1, 2, 3, 4}
+    for number in range(50):  # the own caption takes 9 of the 20 and a neighbour 6
+        text = caption_text(
+            grounding(number), neighbours, lambda t: len(t.split()), 20, settings, rng
+        )
+        assert text.prompt.text.count("neighbour") <= 1
+
+
+def test_a_box_whose_words_were_cut_off_is_dropped(tmp_path, tokenizer):
+    caption = "a red square " + "and a blue circle " * 40 + "and a dog"
+    records = [replace(grounding(n, caption, "dog"), key=f"far{n}") for n in range(8)] + [
+        replace(grounding(n, caption, "red square"), key=f"near{n}") for n in range(8)
+    ]
+    sets = {"long": shards.write_shard_set(str(tmp_path), records, [], {})}
+    loader = build_loader(replace(DATA, mixture={"long": 1.0}), 4, sets, tokenizer)
+    for batch, _ in take(loader, 4):
+        assert batch.tokens_BT.shape[1] == tokenizer.max_tokens
+        boxes = batch.box_mask_BN.sum(1).tolist()
+        assert boxes == [int(key.startswith("long/near")) for key in batch.keys]
+        assert bool(batch.positive_BNT.any(2).eq(batch.box_mask_BN).all())
+
+
+def test_masking_hides_the_promised_share_and_only_open_tokens():
+    rng = np.random.default_rng(0)
+    masking = Masking(probability=0.15, mask_id=4, vocab_size=100, special_ids=frozenset(range(5)))
+    ids_T = rng.integers(5, 100, 40_000)
+    ids_T[::10] = 2  # special
+    open_T = np.arange(40_000) % 2 == 0
+    corrupted_T, labels_T = mask_tokens(ids_T, open_T, masking, rng)
+    chosen_T = labels_T != IGNORE
+    assert not chosen_T[~open_T].any()
+    assert not chosen_T[ids_T < 5].any()
+    assert np.array_equal(corrupted_T[~chosen_T], ids_T[~chosen_T])
+    assert np.array_equal(labels_T[chosen_T], ids_T[chosen_T])
+    assert abs(chosen_T[open_T & (ids_T >= 5)].mean() - 0.15) < 0.01
+    assert abs((corrupted_T[chosen_T] == 4).mean() - 0.8) < 0.03
+    assert abs((corrupted_T[chosen_T] == ids_T[chosen_T]).mean() - 0.1) < 0.03
+    assert (corrupted_T[chosen_T] >= 4).all()
+
+
+def test_only_positive_names_and_own_captions_are_ever_masked(sets, tokenizer):
+    hiding = replace(DATA, mlm_probability=1.0)
+    for batch, _ in take(build_loader(hiding, 8, sets, tokenizer), 6):
+        predicted_BT = batch.mlm_labels_BT != IGNORE
+        for row, key in enumerate(batch.keys):
+            ids = batch.mlm_labels_BT[row, predicted_BT[row]].tolist()
+            number = int(key[-4:])
+            if key.startswith("detection/"):
+                assert torch.equal(predicted_BT[row], batch.positive_BNT[row, 0])
+                assert " ".join(words(tokenizer, ids)) == CATEGORIES[number % len(CATEGORIES)]
+            else:
+                caption = tokenizer.encode(grounding(number).caption)
+                assert ids == caption.ids[1:-1]
+
+
+def test_texts_are_padded_to_few_lengths():
+    assert [text_length(n, 256) for n in (2, 16, 17, 32, 33, 65, 256)] == [
+        16, 16, 32, 32, 64, 96, 256,
+    ]  # fmt: skip
+    assert text_length(150, 160) == 160
+    assert text_length(10, 12) == 12

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import deform_conv2d
+
+from glipv2.model.deform import DeformConv, Taps, resize_taps, sample
+
+
+def setting(height: int, width: int, stride: int, seed: int = 0) -> tuple[Tensor, Taps, DeformConv]:
+    torch.manual_seed(seed)
+    rows, columns = (height - 1) // stride + 1, (width - 1) // stride + 1
+    x = torch.randn(2, 6, height, width, dtype=torch.float32, requires_grad=True)
+    taps = Taps(
+        offset_B18HW=(torch.randn(2, 18, rows, columns) * 3).requires_grad_(),
+        mask_B9HW=torch.rand(2, 9, rows, columns).requires_grad_(),
+        stride=stride,
+    )
+    conv = DeformConv(6)
+    torch.nn.init.normal_(conv.bias)
+    return x, taps, conv
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 12), (7, 5), (1, 4), (1, 1)])
+def test_sampling_and_multiplying_equals_torchvision(size: tuple[int, int], stride: int) -> None:
+    x, taps, conv = setting(*size, stride)
+    expected = deform_conv2d(
+        x, taps.offset_B18HW, conv.weight, conv.bias, stride, 1, mask=taps.mask_B9HW
+    )
+    (samples,) = sample(x, [taps])
+    actual = conv(samples, (taps.mask_B9HW.shape[2], taps.mask_B9HW.shape[3]))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_equal_torchvision() -> None:
+    x, taps, conv = setting(9, 10, 1)
+    inputs = [x, taps.offset_B18HW, taps.mask_B9HW, conv.weight, conv.bias]
+    expected = deform_conv2d(x, *inputs[1:2], conv.weight, conv.bias, 1, 1, mask=taps.mask_B9HW)
+    wanted = torch.autograd.grad(expected.sin().sum(), inputs)
+    (samples,) = sample(x, [taps])
+    found = torch.autograd.grad(conv(samples, (9, 10)).sin().sum(), inputs)
+    for actual, gradient in zip(found, wanted, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-3, atol=1e-3)
+
+
+def test_convolutions_may_share_one_sampling_call() -> None:
+    x, first, _ = setting(8, 12, 1)
+    _, second, _ = setting(8, 12, 2, seed=1)
+    together = sample(x, [first, second])
+    for taps, samples in zip((first, second), together, strict=True):
+        torch.testing.assert_close(samples, sample(x, [taps])[0])
+
+
+def test_taps_of_a_finer_map_are_averaged_for_a_coarser_one() -> None:
+    _, taps, _ = setting(8, 12, 1)
+    small = resize_taps(taps, (4, 6))
+    assert small.mask_B9HW.shape == (2, 9, 4, 6)
+    torch.testing.assert_close(
+        small.offset_B18HW[:, :, 1, 2], taps.offset_B18HW[:, :, 2:4, 4:6].mean((2, 3))
+    )

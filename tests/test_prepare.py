@@ -1,0 +1,165 @@
+import argparse
+import json
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from glipv2.data_prep import toy
+from glipv2.data_prep.reasons import REASONS, Dropped
+from glipv2.jobs import prepare
+from glipv2.pipeline import storage
+from glipv2.pipeline.config import PrepareConfig
+from glipv2.pipeline.errors import ConfigError, DataError
+from glipv2.pipeline.shards import iterate_records, open_shard_set
+
+SAMPLES = Path(__file__).parents[1] / "infra" / "samples"
+TOY = PrepareConfig(source="toy", set="toy_val", count=20, size=64, seed=3)
+BCCD = PrepareConfig(
+    source="voc",
+    annotations=str(SAMPLES / "bccd" / "Annotations"),
+    images=str(SAMPLES / "bccd" / "JPEGImages"),
+    list=str(SAMPLES / "bccd" / "heldout.txt"),
+)
+
+
+def command(*words):
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    return prepare.run(parser.parse_args(words))
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_toy_set_is_written_and_read_back_equal(tmp_path):
+    made = prepare.prepare_set(str(tmp_path / "set"), TOY, samples_per_shard=8)
+    assert [shard.samples for shard in made.shards] == [8, 8, 4]
+    assert list(iterate_records(made.url)) == list(toy.toy_records("toy_val", 20, 3, 64))
+    assert made.categories == toy.toy_categories("toy_val")
+    assert made.info["totals"]["samples"] == 20 and made.info["counts"] == {}
+
+
+def test_the_same_command_reuses_and_another_is_refused(tmp_path, capsys):
+    url = str(tmp_path / "set")
+    prepare.prepare_set(url, TOY)
+    before = contents(tmp_path)
+    prepare.prepare_set(url, TOY)
+    assert contents(tmp_path) == before
+    assert "are there already" in capsys.readouterr().out
+    with pytest.raises(DataError, match="seed: 3 there, 4 now.*delete that folder"):
+        prepare.prepare_set(url, replace(TOY, seed=4))
+    assert contents(tmp_path) == before
+
+
+def test_a_changed_source_is_noticed(tmp_path):
+    source = tmp_path / "pairs"
+    (source / "images").mkdir(parents=True)
+    for path in (SAMPLES / "web_pairs" / "images").iterdir():
+        os.link(path, source / "images" / path.name)
+    lines = (SAMPLES / "web_pairs" / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (source / "pairs.jsonl").write_text("".join(lines[:5]))
+    options = PrepareConfig(source="pairs", root=str(source))
+    assert prepare.prepare_set(str(tmp_path / "set"), options).samples == 5
+    (source / "pairs.jsonl").write_text("".join(lines[:6]))
+    with pytest.raises(DataError, match="made with other settings"):
+        prepare.prepare_set(str(tmp_path / "set"), options)
+
+
+@pytest.mark.parametrize("killed_after", [1, 9, 17, 20])
+def test_cut_off_anywhere_the_same_command_ends_with_equal_bytes(
+    tmp_path, monkeypatch, killed_after
+):
+    prepare.prepare_set(str(tmp_path / "whole"), TOY, samples_per_shard=8)
+    real, calls = toy.toy_record, Counter()
+
+    def dies(*arguments):
+        calls["all"] += 1
+        if calls["all"] >= killed_after:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "toy_record", dies)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare_set(str(tmp_path / "cut"), TOY, samples_per_shard=8)
+    with pytest.raises(DataError, match="other settings"):
+        prepare.prepare_set(str(tmp_path / "cut"), replace(TOY, count=21), samples_per_shard=8)
+    prepare.prepare_set(str(tmp_path / "cut"), TOY, samples_per_shard=8)
+    whole, cut = contents(tmp_path / "whole"), contents(tmp_path / "cut")
+    commits = [name for name in whole if name.parts[0] == "commits"]
+    assert {k: v for k, v in cut.items() if k not in commits} == {
+        k: v for k, v in whole.items() if k not in commits
+    }
+    for name in commits:  # the attempt's name is the only thing that may differ
+        one, two = json.loads(whole[name]), json.loads(cut[name])
+        assert {**one, "attempt": ""} == {**two, "attempt": ""}
+
+
+def test_voc_keeps_the_categories_of_the_whole_folder_and_the_licence(capsys):
+    made = prepare.prepare_set("memory://bccd-heldout", BCCD)
+    assert (made.samples, made.categories) == (20, ("Platelets", "RBC", "WBC"))
+    assert made.info["licence"] == "MIT License"
+    assert made.info["totals"] == {"samples": 20, "boxes": 304, "phrases": 0}
+    assert "20 samples, 304 boxes" in capsys.readouterr().out
+
+
+def test_every_command_line_makes_its_set(tmp_path):
+    toy_url, pairs_url = str(tmp_path / "toy"), str(tmp_path / "web")
+    assert command(*f"toy --set toy_pairs --count 3 --size 64 --hard --out {toy_url}".split()) == 0
+    assert open_shard_set(toy_url).samples == 3
+    assert command("pairs", "--root", str(SAMPLES / "web_pairs"), "--out", pairs_url) == 0
+    assert open_shard_set(pairs_url).info["licence"].startswith("Creative Commons Attribution 4.0")
+    image = next((SAMPLES / "bccd" / "JPEGImages").iterdir()).name
+    instances = {
+        "images": [{"id": 5, "file_name": image}, {"id": 6, "file_name": "gone.jpg"}],
+        "annotations": [{"image_id": 5, "category_id": 1, "bbox": [1, 2, 30, 40]}],
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(instances))
+    words = ["coco", "--annotations", str(tmp_path / "coco.json"), "--images", BCCD.images]
+    assert command(*words, "--out", str(tmp_path / "coco")) == 0
+    made = open_shard_set(str(tmp_path / "coco"))
+    assert made.info["counts"] == {"image_missing": 1}
+    assert made.info["first"] == {"image_missing": "gone.jpg"}
+    assert "sample left out  image_missing" in prepare.closing_table(made)
+    assert "gone.jpg" in prepare.closing_table(made)
+
+
+def test_a_source_without_one_usable_sample_says_why(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"image": "gone.jpg", "alt": "a dog"}\n' * 3)
+    options = PrepareConfig(source="pairs", root=str(tmp_path))
+    with pytest.raises(DataError, match="no usable sample.*3 image_missing"):
+        prepare.prepare_set("memory://nothing", options)
+    assert not storage.exists("memory://nothing/dataset.json")
+
+
+def test_mistakes_in_the_options_are_refused_before_any_work(tmp_path):
+    url = str(tmp_path / "set")
+    for options, message in [
+        (PrepareConfig(source="voc", annotations="x"), "voc source needs images"),
+        (PrepareConfig(source="toy", set="toy_val"), "toy source needs count"),
+        (replace(TOY, count=-1), "count must be at least 1"),
+        (replace(TOY, set="toy_nothing"), "unknown toy set"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            prepare.prepare_set(url, options)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"empty.txt names nothing"):
+        prepare.prepare_set(url, replace(BCCD, list=str(tmp_path / "empty.txt")))
+    with pytest.raises(DataError, match="category 'cell' occurs twice"):
+        instances = {"images": [], "annotations": []}
+        instances["categories"] = [{"id": 1, "name": "cell"}, {"id": 2, "name": "cell"}]
+        (tmp_path / "coco.json").write_text(json.dumps(instances))
+        path = str(tmp_path / "coco.json")
+        prepare.prepare_set(url, PrepareConfig(source="coco", annotations=path, images="/tmp"))
+    assert not (tmp_path / "set").exists()
+
+
+def test_an_unknown_reason_is_a_mistake_of_ours():
+    with pytest.raises(KeyError):
+        Dropped().note("no_such_reason", "here")
+    assert {reason.unit for reason in REASONS.values()} == {"sample", "box", "kept"}

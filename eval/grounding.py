@@ -66,12 +66,12 @@ class PhraseRecall:
         """One phrase: predicted boxes, best first, and true boxes. K may be 0, N may not."""
         if not len(truth_N4):
             raise ValueError("a phrase without true boxes can't be scored")
-        good_K = (box_iou(boxes_K4, truth_N4) >= MIN_IOU).any(1)
+        good_K = [bool(row.any()) for row in box_iou(boxes_K4, truth_N4) >= MIN_IOU]
         for name in {None, group}:
             self._phrases[name] += 1
-            self._hits[name, None] += bool(good_K.any())
+            self._hits[name, None] += any(good_K)
             for k in self.ks:
-                self._hits[name, k] += bool(good_K[:k].any())
+                self._hits[name, k] += any(good_K[:k])
 
     def add_record(self, record: Record, detection: "Detection") -> None:
         """All phrases of a record; detection.names are those of `phrases_of`, in that order."""

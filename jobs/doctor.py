@@ -9,8 +9,22 @@ import sys
 from dataclasses import dataclass
 
 PACKAGES = tuple(
-    "torch torchvision timm transformers deepspeed ray webdataset fsspec s3fs pycocotools "
-    "safetensors textblob numpy pillow".split()
+    [
+        "torch",
+        "torchvision",
+        "timm",
+        "transformers",
+        "deepspeed",
+        "ray",
+        "webdataset",
+        "fsspec",
+        "s3fs",
+        "pycocotools",
+        "safetensors",
+        "textblob",
+        "numpy",
+        "pillow",
+    ]
 )
 
 

@@ -19,6 +19,9 @@ from glipv2.pipeline.config_loader import as_tree, load_config
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.records import Record
 
+Found = dict[tuple[str, str], dict[str, Any]]
+"""(model, protocol) -> record key -> Detection."""
+
 RANDOM = "random"
 """Instead of a checkpoint: the recipe's model with random weights, the floor of every table."""
 
@@ -52,41 +55,62 @@ class Work:
     """Only the first images of the shard."""
 
 
-def evaluate(config: RunConfig, models: dict[str, str]) -> dict[str, dict[str, float]]:
+def evaluate(
+    config: RunConfig, models: dict[str, str], curves: dict[str, str] | None = None
+) -> dict[str, dict[str, float]]:
     """Score checkpoints (name -> URL or RANDOM) with every protocol the recipe has data for.
 
-    Writes RUN/eval/metrics-NAME.json and predictions-NAME.json; a checkpoint that was scored before
-    with the same data and settings is not scored again.
+    `curves` names runs (name -> run folder) of which every kept checkpoint is scored on a few
+    images, for RUN/eval/curves.json. Writes RUN/eval/metrics-NAME.json and predictions-NAME.json.
+    What was scored before with the same data and settings is not scored again.
     """
     if not config.eval.detection and not config.eval.real_detection:
         raise ConfigError("nothing to evaluate: set eval.detection or eval.real_detection")
     known = {name: _cached(config, name, _cache_key(config, url)) for name, url in models.items()}
     todo = {name: url for name, url in models.items() if known[name] is None}
-    work = [w for name, url in todo.items() for w in _plan(config, name, url)]
-    found = predict(config, work)
+    work = [item for name, url in todo.items() for item in _plan(config, name, url)]
+    curve_work = _curve_plan(config, curves or {})
+    found = predict(config, work + [item for items in curve_work.values() for item in items])
     scored = {}
     for name, url in todo.items():
         scored[name] = _score(config, name, found)
         content = {"key": _cache_key(config, url), "metrics": scored[name]}
         _write(config, f"metrics-{name}.json", content)
+    if curve_work:
+        _write(config, "curves.json", {n: _curve(config, w, found) for n, w in curve_work.items()})
     return {name: known[name] or scored[name] for name in models}
 
 
-def curve(config: RunConfig, name: str, run_dir: str) -> list[dict[str, float]]:
-    """Caption AP50 of every checkpoint that a run has kept, on the first images of the set."""
-    from glipv2.eval.detection import average_precision
+def _curve_plan(config: RunConfig, runs: dict[str, str]) -> dict[str, list[Work]]:
+    """Per run, one piece of work a kept checkpoint; nothing if the curves are there already."""
     from glipv2.pipeline.checkpoint import committed_steps, step_name
 
+    done = storage.exists(storage.join(config.run_dir, "eval", "curves.json"))
+    if done or not config.eval.detection:
+        return {}
     url = config.set_url(config.eval.detection)
-    steps = committed_steps(run_dir)
-    checkpoints = {s: storage.join(run_dir, "checkpoints", step_name(s)) for s in steps}
-    work = [
-        Work(model=f"{name}-{step}", checkpoint=checkpoint, protocol="caption",
-             set_url=url, shard=0, limit=config.eval.curve_images)
-        for step, checkpoint in checkpoints.items()
-    ]  # fmt: skip
-    found = predict(config, work)
-    records, categories = _records(url, config.eval.curve_images)
+    return {
+        name: [
+            Work(
+                model=f"{name}-{step}",
+                checkpoint=storage.join(run_dir, "checkpoints", step_name(step)),
+                protocol="caption",
+                set_url=url,
+                shard=0,
+                limit=config.eval.curve_images,
+            )
+            for step in committed_steps(run_dir)
+        ]
+        for name, run_dir in runs.items()
+    }
+
+
+def _curve(config: RunConfig, work: list[Work], found: Found) -> list[dict[str, float]]:
+    """Caption AP50 of each checkpoint of a run, on the first images of the set."""
+    from glipv2.eval.detection import average_precision
+
+    url = config.set_url(config.eval.detection)
+    records, categories = _records(url, config.eval.curve_images, shard=0)
     points = []
     for item in work:
         result = average_precision(records, found[item.model, "caption"], categories)
@@ -95,13 +119,13 @@ def curve(config: RunConfig, name: str, run_dir: str) -> list[dict[str, float]]:
     return points
 
 
-def predict(config: RunConfig, work: list[Work]) -> dict[tuple[str, str], dict[str, Any]]:
-    """(model, protocol) -> record key -> Detection, for all the work, spread over Ray actors."""
+def predict(config: RunConfig, work: list[Work]) -> Found:
+    """All the work, spread over Ray actors."""
     from glipv2.pipeline.progress import progress
     from glipv2.pipeline.ray_map import map_on_ray
 
     make = partial(Predictor, config)
-    found: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
+    found: Found = defaultdict(dict)
     done = map_on_ray(make, work, num_actors=config.eval.num_actors)
     for item, detections in progress(done, len(work), "evaluate"):
         found[item.model, item.protocol].update(detections)
@@ -207,7 +231,7 @@ def _records(
     return records[:limit], opened.categories
 
 
-def _score(config: RunConfig, name: str, found: dict[tuple[str, str], dict[str, Any]]) -> Any:
+def _score(config: RunConfig, name: str, found: Found) -> dict[str, float]:
     """Metrics of one model from its predictions."""
     from glipv2.eval.detection import average_precision, category_groups
     from glipv2.eval.grounding import PhraseRecall

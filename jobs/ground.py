@@ -67,7 +67,8 @@ def ground(
             raise ConfigError("--categories names no category; give for example dog,red car")
         detection = grounder.detect([pixels], names)[0]
     else:
-        phrases = noun_phrases(text or "")
+        text = text or ""
+        phrases = noun_phrases(text)
         if not phrases:
             raise ConfigError(f"--text {text!r} has no noun phrase; name things, or --categories")
         spans = [((phrase.start, phrase.end),) for phrase in phrases]
@@ -78,7 +79,7 @@ def ground(
         for box, name, score in zip(plain.boxes, plain.names, plain.scores, strict=True)
         if score >= threshold
     ]
-    return {"image": image, "text": text if text is not None else categories, "regions": regions}
+    return {"image": image, "text": text or categories, "regions": regions}
 
 
 def draw(image: str, regions: list[dict[str, Any]], out: Path) -> None:

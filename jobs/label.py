@@ -111,7 +111,8 @@ def label_set(
     make = partial(ShardLabeller, pairs.url, settings, stamp, out, pairs.digest)
     for _ in _map(config, make, todo, f"label {source}"):
         pass
-    shards = [info for s in pairs.shards if (info := committed_shard(out, s.name)) is not None]
+    committed = [committed_shard(out, shard.name) for shard in pairs.shards]
+    shards = [shard for shard in committed if shard is not None]
     counts: Counter[str] = Counter()
     for shard in shards:
         counts.update(shard.stats.get("counts", {}))

@@ -33,8 +33,10 @@ LONG_SIDE = 480
 """Pictures are shrunk to this many pixels: twice the width of a card."""
 TAG_SHARE = 0.062
 """Height of the number on a box relative to the picture's longer side."""
-SOURCE_FIELDS = ("source", "title", "author", "licence", "license", "url")
+SOURCE_FIELDS = ("source", "origin", "title", "author", "licence", "license", "url")
 """Provenance that a reader of pictures needs; the rest identifies how they were made."""
+CROWD, CROWD_TAG_SHARE = 10, 0.044
+"""With more boxes than this the tags get smaller."""
 MAX_LISTED_SCORES = 3
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
@@ -114,13 +116,10 @@ class Card:
 
 def record_card(record: Record, categories: Sequence[str] = (), brief: bool = False) -> Card:
     """The card of a record; `brief` keeps only the origin of its provenance."""
-    numbers: dict[Hashable, int] = {}
-    regions = [r for r in record.regions if _phrase_id(r) is not None]
-    for region in sorted(regions, key=lambda r: r.spans or ((0, 0),)):
-        numbers.setdefault(_phrase_id(region), len(numbers))
+    numbers = _phrase_numbers(record, categories)
     names = [_name(region, record, categories) for region in record.regions]
     marks = tuple(
-        box_mark(region.box, name, numbers.get(_phrase_id(region), 0), region.score)
+        box_mark(region.box, name, numbers[_phrase_id(region)], region.score)
         for region, name in zip(record.regions, names, strict=True)
     )
     alt = plain_text(record.caption) or ", ".join(dict.fromkeys(names)) or "no caption"
@@ -134,6 +133,7 @@ def record_card(record: Record, categories: Sequence[str] = (), brief: bool = Fa
             alt=alt,
             marks=marks,
             problem=problem,
+            tag_share=TAG_SHARE if len(marks) <= CROWD else CROWD_TAG_SHARE,
         ),
         caption=caption_pieces(record, numbers),
         legend=_legend(record, names, numbers),
@@ -241,6 +241,16 @@ def _phrase_id(region: Region) -> Hashable:
     return region.category if region.category is not None else region.phrase
 
 
+def _phrase_numbers(record: Record, categories: Sequence[str]) -> dict[Hashable, int]:
+    """Numbers from 0 in the order of the caption; a few categories keep theirs on every card."""
+    phrases = [_phrase_id(r) for r in sorted(record.regions, key=lambda r: r.spans or ((0, 0),))]
+    distinct = list(dict.fromkeys(phrases))
+    own = sorted(p for p in distinct if isinstance(p, int))
+    if len(own) == len(distinct) and len(categories) <= len(PALETTE):
+        return {category: category for category in own}
+    return {phrase: number for number, phrase in enumerate(distinct)}
+
+
 def _name(region: Region, record: Record, categories: Sequence[str]) -> str:
     if region.phrase:
         return region.phrase
@@ -252,7 +262,7 @@ def _name(region: Region, record: Record, categories: Sequence[str]) -> str:
 def _legend(
     record: Record, names: Sequence[str], numbers: dict[Hashable, int]
 ) -> tuple[LegendLine, ...]:
-    """One line a phrase with the scores of its boxes; gold phrases are named by the caption alone."""
+    """One line a phrase with its boxes' scores; for gold phrases the caption is enough."""
     if record.caption and all(region.score == 1 and region.spans for region in record.regions):
         return ()
     lines = []

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main_job(config: RunConfig, phases: dict[str, RunConfig]) -> dict[str, Any]:
     """All stages in order; returns the summary that is also written to RUN/summary.json."""
-    from glipv2.jobs.evaluate import RANDOM, curve, evaluate
+    from glipv2.jobs.evaluate import RANDOM, evaluate
     from glipv2.jobs.label import label
     from glipv2.jobs.prepare import prepare_set
     from glipv2.jobs.pretrain import pretrain
@@ -70,11 +70,7 @@ def main_job(config: RunConfig, phases: dict[str, RunConfig]) -> dict[str, Any]:
                 pretrain(phases[phase])
     with stage(config, "evaluate"):
         models = {name: phase.run_dir for name, phase in phases.items()}
-        metrics = evaluate(config, {**models, RANDOM: RANDOM})
-        curves = storage.join(config.run_dir, "eval", "curves.json")
-        if not storage.exists(curves):
-            points = {phase: curve(config, phase, url) for phase, url in models.items()}
-            _write_json(config, "eval/curves.json", points)
+        metrics = evaluate(config, {**models, RANDOM: RANDOM}, curves=models)
     with stage(config, "report"):
         summary = summarise(config, metrics)
         write_report(config.run_dir)

@@ -161,7 +161,7 @@ def _find_keys(shard_set: ShardSet, keys: Sequence[str]) -> set[tuple[int, int]]
 
 def _facts(shard_set: ShardSet, survey: _Survey) -> list[tuple[str, str, str]]:
     boxes = sum(survey.boxes)
-    mean = f"{boxes / survey.samples:.1f} a picture" if survey.samples else ""
+    mean = f"{boxes / survey.samples:.1f} a picture" if boxes else ""
     size = sum(shard.bytes for shard in shard_set.shards)
     tasks = ", ".join(name for name, _ in survey.tasks.most_common())
     facts = [
@@ -169,11 +169,11 @@ def _facts(shard_set: ShardSet, survey: _Survey) -> list[tuple[str, str, str]]:
         ("Shards", f"{len(shard_set.shards):,}", _bytes(size)),
         ("Boxes", f"{boxes:,}", mean),
     ]
-    if survey.boxes:
-        empty = survey.boxes.count(0)
+    if 0 < (empty := survey.boxes.count(0)) < survey.samples:
         facts.append(("Without boxes", f"{empty:,}", f"{empty / survey.samples:.0%} of those read"))
     if survey.short_sides:
-        sides = f"{min(survey.short_sides)} to {max(survey.short_sides)} px"
+        low, high = min(survey.short_sides), max(survey.short_sides)
+        sides = f"{low} to {high} px" if low < high else "all pictures"
         facts.append(("Median short side", f"{np.median(survey.short_sides):.0f} px", sides))
     if survey.scores:
         facts.append(("Median score", f"{np.median(survey.scores):.2f}", "of pseudo labels"))
@@ -190,13 +190,9 @@ def _scanned_note(shard_set: ShardSet, survey: _Survey) -> str:
 def _plots(survey: _Survey) -> list[Plot]:
     most = max(survey.boxes, default=0)
     step = max(1, -(-(most + 1) // 20))
+    edges = [edge - 0.5 for edge in range(0, most + 1 + step, step)]
     plots = [
-        histogram(
-            "Boxes in a picture",
-            survey.boxes,
-            "boxes",
-            [edge - 0.5 for edge in range(0, most + 1 + step, step)],
-        ),
+        histogram("Boxes in a picture", survey.boxes if most else (), "boxes", edges),
         histogram("Scores of boxes", survey.scores, "score", np.linspace(0, 1, 21).tolist()),
     ]
     low, high = min(survey.short_sides, default=0), max(survey.short_sides, default=0)

@@ -1,12 +1,13 @@
 """The dynamic head block (DyConv): levels, space and channels attend to one another."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glipv2.model.deform import TAPS, DeformConv, Taps, resize_taps, sample
+from glipv2.model.deform import TAPS, DeformConv, Taps, resize_taps
 
 SQUEEZE = 4
 
@@ -54,41 +55,23 @@ class DyConv(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, D, H, W), finest first, to maps of the same shapes."""
-        sizes = [tuple(x.shape[-2:]) for x in maps]
-        samples = self._sample_all(maps)
-        branches: list[Tensor] = []  # in the order of `levels`
-        levels: list[int] = []
-        for i, size in enumerate(sizes):
-            branches.append(self.norm_same(self.same(samples["same", i], size)))
+        branches: list[Tensor] = []
+        levels: list[int] = []  # of each branch
+        for i, x in enumerate(maps):
+            offset, weight = self.offset(x).split([2 * TAPS, TAPS], dim=1)
+            taps = Taps(offset_B18HW=offset, mask_B9HW=weight.sigmoid())
+            branches.append(self.norm_same(self.same(x, taps)))
             if i > 0:
-                branches.append(self.norm_finer(self.finer(samples["finer", i], size)))
+                branches.append(self.norm_finer(self.finer(maps[i - 1], replace(taps, stride=2))))
             if i + 1 < len(maps):
-                coarse = self.norm_coarser(self.coarser(samples["coarser", i], sizes[i + 1]))
+                below = maps[i + 1]
+                small = resize_taps(taps, (below.shape[2], below.shape[3]))
+                coarse = self.norm_coarser(self.coarser(below, small))
                 branches.append(
-                    F.interpolate(coarse, size=size, mode="bilinear", align_corners=True)
+                    F.interpolate(coarse, size=x.shape[2:], mode="bilinear", align_corners=True)
                 )
             levels += [i] * (len(branches) - len(levels))
         return self.relu(self._weighted_means(branches, levels))
-
-    def _sample_all(self, maps: Sequence[Tensor]) -> dict[tuple[str, int], Tensor]:
-        """Samples of each (branch, level), with one sampling call for each map."""
-        taps = []
-        for x in maps:
-            offset, weight = self.offset(x).split([2 * TAPS, TAPS], dim=1)
-            taps.append(Taps(offset_B18HW=offset, mask_B9HW=weight.sigmoid()))
-        samples: dict[tuple[str, int], Tensor] = {}
-        for i, x in enumerate(maps):
-            wanted = {("same", i): taps[i]}
-            if i + 1 < len(maps):
-                up = taps[i + 1]
-                wanted["finer", i + 1] = Taps(
-                    offset_B18HW=up.offset_B18HW, mask_B9HW=up.mask_B9HW, stride=2
-                )
-            if i > 0:
-                size = (x.shape[2], x.shape[3])
-                wanted["coarser", i - 1] = resize_taps(taps[i - 1], size)
-            samples.update(zip(wanted, sample(x, list(wanted.values())), strict=True))
-        return samples
 
     def _weighted_means(self, branches: list[Tensor], levels: list[int]) -> list[Tensor]:
         """The mean of each level's branches, each weighted by what the branch itself asks for."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SCORE_LIMIT = 5e4
-"""GLIP clamps attention scores to this; half precision ends at 65504."""
+"""GLIP clamps attention scores to this, for half precision's sake, which ends at 65504."""
 
 
 class ImageTextAttention(nn.Module):
@@ -93,7 +93,7 @@ class ImageTextAttention(nn.Module):
         scores = torch.baddbmm(
             bias_BhT[:, None], image_BND, folded_BhTD.flatten(1, 2).transpose(1, 2)
         )
-        return scores.clamp(-SCORE_LIMIT, SCORE_LIMIT)
+        return scores.clamp(-SCORE_LIMIT, SCORE_LIMIT) if scores.dtype == torch.float16 else scores
 
     def _drop(self, probabilities: Tensor) -> Tensor:
         if self.dropout == 0:

@@ -37,7 +37,7 @@ class Grounder:
     """Finds phrases or categories in images, with any model that `build_model` built.
 
     An image's boxes do not depend on what else is in its batch: only images of one padded size
-    share a batch, and texts are masked where they are padded.
+    share a batch, and texts are masked where they are padded. Puts the model into evaluation mode.
     """
 
     def __init__(self, model: GLIPv2, tokenizer: Tokenizer) -> None:
@@ -105,12 +105,15 @@ class Grounder:
         batch_size: int,
         score_threshold: float,
     ) -> list[Detection]:
+        jobs_of: dict[int, list[_Job]] = defaultdict(list)
+        for job in jobs:
+            jobs_of[job.image].append(job)
         parts: dict[int, list[Detection]] = defaultdict(list)
         for pyramid, sizes_B2, numbers in self._encoded(images, batch_size):
-            own = [job for job in jobs if job.image in numbers]
+            own = [(row, job) for row, image in enumerate(numbers) for job in jobs_of[image]]
             for first in range(0, len(own), batch_size):
-                group = own[first : first + batch_size]
-                rows = torch.tensor([numbers.index(job.image) for job in group])
+                group = [job for _, job in own[first : first + batch_size]]
+                rows = torch.tensor([row for row, _ in own[first : first + batch_size]])
                 found = self._answer(
                     [x[rows.to(x.device)] for x in pyramid], sizes_B2[rows], group, score_threshold
                 )

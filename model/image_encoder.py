@@ -14,9 +14,6 @@ _STD_BGR = (57.375, 57.120, 58.395)
 class ImageEncoder(nn.Module):
     """uint8 RGB images to three feature maps, each with its own LayerNorm (facts A.2, A.3)."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
         self.swin = SwinTransformer(
@@ -37,8 +34,6 @@ class ImageEncoder(nn.Module):
         self.swin.norm = nn.Identity()
         self.widths = [config.embed_dim * 2**stage for stage in (1, 2, 3)]
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.widths)
-        self.register_buffer("mean", torch.tensor(_MEAN_BGR).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD_BGR).view(3, 1, 1), persistent=False)
 
     def forward(self, images_B3HW: Tensor, sizes_B2: Tensor) -> list[Tensor]:
         """uint8 RGB (B, 3, H, W) to three maps (B, D, H/8, W/8), (.., H/16, ..), (.., H/32, ..).
@@ -57,7 +52,11 @@ class ImageEncoder(nn.Module):
     def _normalise(self, images_B3HW: Tensor, sizes_B2: Tensor) -> Tensor:
         H, W = images_B3HW.shape[2:]
         dtype = self.swin.patch_embed.proj.weight.dtype
-        normalised = ((images_B3HW.flip(1).float() - self.mean) / self.std).to(dtype)
-        rows_BH = torch.arange(H, device=sizes_B2.device) < sizes_B2[:, :1]
-        columns_BW = torch.arange(W, device=sizes_B2.device) < sizes_B2[:, 1:]
+        device = images_B3HW.device
+        # No buffers: those would be rounded when the module is cast to bf16.
+        mean = torch.tensor(_MEAN_BGR, device=device).view(3, 1, 1)
+        std = torch.tensor(_STD_BGR, device=device).view(3, 1, 1)
+        normalised = ((images_B3HW.flip(1).float() - mean) / std).to(dtype)
+        rows_BH = torch.arange(H, device=device) < sizes_B2[:, :1]
+        columns_BW = torch.arange(W, device=device) < sizes_B2[:, 1:]
         return normalised * (rows_BH[:, None, :, None] & columns_BW[:, None, None, :])

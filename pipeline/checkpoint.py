@@ -8,12 +8,14 @@ to `glipv2 ground` or be a teacher.
 import json
 import logging
 import re
+from typing import TYPE_CHECKING
 
-from glipv2.model.glip import GLIPv2
-from glipv2.model.tokenizer import Tokenizer
-from glipv2.model.weights import model_from_files
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import DataError
+
+if TYPE_CHECKING:  # the launcher looks for checkpoints without loading torch
+    from glipv2.model.glip import GLIPv2
+    from glipv2.model.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +120,10 @@ def resolve_checkpoint(url: str) -> str:
     return storage.join(url, "checkpoints", step_name(steps[-1]))
 
 
-def load_model(url: str) -> tuple[GLIPv2, Tokenizer]:
+def load_model(url: str) -> tuple["GLIPv2", "Tokenizer"]:
     """The model of a checkpoint or of a run's newest checkpoint, in evaluation mode."""
+    from glipv2.model.weights import model_from_files
+
     model, tokenizer = model_from_files(read_checkpoint(resolve_checkpoint(url), MODEL_FILES))
     return model.eval(), tokenizer
 

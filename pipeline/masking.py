@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -20,6 +21,15 @@ class Masking:
     special_ids: frozenset[int]
     """Never chosen, and never put in as a random word."""
 
+    @cached_property
+    def is_special(self) -> np.ndarray:
+        """bool (V,), one entry per id of the vocabulary."""
+        return np.isin(np.arange(self.vocab_size), list(self.special_ids))
+
+    @cached_property
+    def words(self) -> np.ndarray:
+        return np.flatnonzero(~self.is_special)
+
 
 def tokens_within(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
     """bool (T,): the tokens of which at least one character lies in a span."""
@@ -35,11 +45,9 @@ def mask_tokens(
 
     Only tokens that are True in `open_T` and not special are ever changed or predicted.
     """
-    special_T = np.isin(ids_T, list(masking.special_ids))
-    chosen_T = open_T & ~special_T & (rng.random(len(ids_T)) < masking.probability)
+    chosen_T = open_T & ~masking.is_special[ids_T] & (rng.random(len(ids_T)) < masking.probability)
     fate_T = rng.random(len(ids_T))
-    words = np.setdiff1d(np.arange(masking.vocab_size), list(masking.special_ids))
-    random_T = words[rng.integers(len(words), size=len(ids_T))]
+    random_T = masking.words[rng.integers(len(masking.words), size=len(ids_T))]
     corrupted_T = np.where(chosen_T & (fate_T < MASK_SHARE), masking.mask_id, ids_T)
     as_word_T = chosen_T & (fate_T >= MASK_SHARE) & (fate_T < MASK_SHARE + RANDOM_SHARE)
     corrupted_T = np.where(as_word_T, random_T, corrupted_T)

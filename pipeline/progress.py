@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -12,7 +12,7 @@ QUIET_SECONDS = 15.0
 """Between two lines when the output is not a terminal."""
 
 
-def bar(total: int | None, description: str, unit: str = "it", initial: int = 0) -> "tqdm[None]":
+def bar(total: int | None, description: str, unit: str = "it", initial: int = 0) -> "tqdm[Any]":
     """A progress bar with rate and time left; call `.update(n)` and `.close()`."""
     live = sys.stderr.isatty()
     return tqdm(

@@ -6,6 +6,7 @@ itself, so all that is needed is an actor pool with restarts, and a poison item 
 
 import logging
 import os
+import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -26,21 +27,23 @@ class PoisonItemError(Exception):
 
 def start_ray(num_cpus: int) -> None:
     """Join the cluster that RAY_ADDRESS names, or start a private one on this machine."""
+    existing = bool(os.environ.get("RAY_ADDRESS"))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not existing:
+        # a private cluster needs a private token, not one that Ray writes into the home folder;
+        # Ray reads these at import
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-        return
-    ray.init(
-        num_cpus=num_cpus,
-        object_store_memory=200 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
+    own: dict[str, Any] = {
+        "num_cpus": num_cpus,
+        "object_store_memory": 200 << 20,
+        "include_dashboard": False,
+    }
+    ray.init(log_to_driver=False, logging_level=logging.WARNING, **({} if existing else own))
 
 
 def map_in_process(
@@ -67,9 +70,9 @@ def map_on_ray(
     """
     if not items:
         return
+    start_ray(num_actors)
     import ray
 
-    start_ray(num_actors)
     actor_class = _actor_class(gpus_per_actor)
     waiting = deque(range(len(items)))
     kills: Counter[int] = Counter()
@@ -108,13 +111,13 @@ def _actor_class(gpus_per_actor: float) -> Any:
 
     @ray.remote(num_cpus=1, num_gpus=gpus_per_actor)
     class Actor:
-        def __init__(self, make_worker: MakeWorker[Item, Result]) -> None:
+        def __init__(self, make_worker: MakeWorker[Any, Any]) -> None:
             from glipv2.pipeline.dist import die_with_parent
 
             die_with_parent()
             self.worker = make_worker()
 
-        def work(self, item: Item) -> Result:
+        def work(self, item: Any) -> Any:
             return self.worker(item)
 
     return Actor

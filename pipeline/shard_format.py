@@ -97,7 +97,7 @@ def walk_tar(file: BinaryIO) -> Iterator[tuple[int, tarfile.TarInfo]]:
         offset = file.tell() - len(header)
         member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         if member.size < 0:
-            raise tarfile.InvalidHeaderError(f"member of {member.size} bytes")
+            raise tarfile.HeaderError(f"member of {member.size} bytes")
         yield offset, member
         file.seek(offset + TAR_BLOCK + padded(member.size))
 

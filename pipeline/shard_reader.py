@@ -184,9 +184,9 @@ def _members(key: str, data: bytes) -> dict[str, bytes]:
         stem, _, extension = member.name.partition(".")
         start = offset + TAR_BLOCK
         if not member.isreg() or stem != key or start + member.size > len(data):
-            raise tarfile.InvalidHeaderError(f"member {member.name[:100]!r} doesn't belong here")
+            raise tarfile.HeaderError(f"member {member.name[:100]!r} doesn't belong here")
         if extension in members:
-            raise tarfile.InvalidHeaderError(f"member {member.name[:100]!r} occurs twice")
+            raise tarfile.HeaderError(f"member {member.name[:100]!r} occurs twice")
         if extension in EXTENSIONS:
             members[extension] = data[start : start + member.size]
     return members

@@ -6,6 +6,7 @@ absent: a reader never sees half a file.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -62,7 +63,7 @@ def read_bytes(url: str, start: int | None = None, end: int | None = None) -> by
     """The file, or its bytes [start, end) in one request; shorter when the file ends before."""
     with _explained(url):
         if not is_local(url):
-            return bytes(_remote(url).cat_file(url, start=start, end=end))
+            return _remote_bytes(url, start, end)
         with open(local_path(url), "rb") as file:
             file.seek(start or 0)
             return file.read(-1 if end is None else max(0, end - (start or 0)))
@@ -144,7 +145,8 @@ def sizes(url: str) -> dict[str, int]:
         if is_local(url):
             return {e.name: e.stat().st_size for e in os.scandir(local_path(url)) if e.is_file()}
         entries = _remote(url).ls(url, detail=True)
-        return {_last(e["name"]): int(e["size"]) for e in entries if e["type"] == "file"}
+        files = [e for e in entries if e["type"] == "file"]
+        return {_last(e["name"]): int(e["size"]) for e in files if _is_below(e["name"], url)}
     return {}
 
 
@@ -153,7 +155,8 @@ def list_names(url: str) -> list[str]:
     with _explained(url), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if is_local(url):
             return sorted(os.listdir(local_path(url)))
-        return sorted({_last(name) for name in _remote(url).ls(url, detail=False)} - {""})
+        names = _remote(url).ls(url, detail=False)
+        return sorted({_last(name) for name in names if _is_below(name, url)})
     return []
 
 
@@ -164,10 +167,9 @@ def crc32c(data: bytes) -> str:
 
 def file_crc32c(url: str) -> str:
     """Checksum of a whole file, read back in pieces."""
-    value, start = 0, 0
-    while piece := read_bytes(url, start, start + CHUNK) if start < size(url) else b"":
-        value = google_crc32c.extend(value, piece)
-        start += len(piece)
+    value = 0
+    for start in range(0, size(url), CHUNK):
+        value = google_crc32c.extend(value, read_bytes(url, start, start + CHUNK))
     return f"{value:08x}"
 
 
@@ -200,6 +202,15 @@ def _remote(url: str) -> Any:
     if scheme in ("memory", "http", "https"):
         return fsspec.filesystem(scheme)
     return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+def _remote_bytes(url: str, start: int | None, end: int | None) -> bytes:
+    try:
+        return bytes(_remote(url).cat_file(url, start=start, end=end))
+    except OSError as error:
+        if error.errno == errno.EINVAL and start is not None and start >= size(url):
+            return b""  # object stores refuse a range that begins past the end
+        raise
 
 
 @contextlib.contextmanager
@@ -253,3 +264,8 @@ class MissingFileError(DataError):
 
 def _last(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _is_below(name: str, url: str) -> bool:
+    """False for the folder's own marker, which some object stores list among its content."""
+    return not url.rstrip("/").endswith(name.rstrip("/"))

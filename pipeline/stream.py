@@ -10,7 +10,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -49,6 +49,10 @@ class Slot:
     lane: int
     neighbours: Sequence[str]
     """Captions of other samples of the same source, for negative captions."""
+
+
+def _as_is(slot: Any) -> Any:
+    return slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +114,7 @@ class Stream:
         return stream
 
     def batches(
-        self, position: Position, prepare: Callable[[Slot], Prepared] = lambda slot: slot
+        self, position: Position, prepare: Callable[[Slot], Prepared] = _as_is
     ) -> Iterator[tuple[list[Prepared], Position]]:
         """From `position` on: this rank's samples of each global batch in lane order, and the
         position after it. Never ends.

@@ -12,13 +12,11 @@ from PIL import Image, ImageDraw
 from glipv2.model.batch import NO_CATEGORY, NO_WORD
 from glipv2.model.tokenizer import Tokenizer, tiny_vocab
 from glipv2.pipeline import shards
-from glipv2.pipeline.augment import Augmentation, augment
 from glipv2.pipeline.collate import text_length
 from glipv2.pipeline.config import DataConfig
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.loader import build_loader, lane_count
-from glipv2.pipeline.masking import IGNORE, Masking, mask_tokens
-from glipv2.pipeline.negatives import Negatives, caption_text, detection_text
+from glipv2.pipeline.masking import IGNORE
 from glipv2.pipeline.records import Record, Region
 
 COLOURS, SHAPES = ("red", "blue", "green", "yellow"), ("square", "circle", "triangle")
@@ -271,81 +269,6 @@ def test_lanes_default_to_the_largest_divisor_of_the_batch_up_to_64():
         lane_count(free, 8, 3)
 
 
-# ---- the steps alone ----
-
-
-def test_a_picture_whose_text_names_a_side_is_never_mirrored():
-    image_3HW = torch.arange(12, dtype=torch.uint8).reshape(1, 2, 6).expand(3, 2, 6)
-    boxes_N4 = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
-    always = Augmentation(short_sides=(2,), long_side=6, flip=1.0)
-    rng = np.random.default_rng(0)
-    same, boxes = augment(image_3HW, boxes_N4, "the man on the Left", always, rng)
-    assert torch.equal(same, image_3HW)
-    assert torch.equal(boxes, boxes_N4)
-    mirrored, boxes = augment(image_3HW, boxes_N4, "a bright light", always, rng)
-    assert torch.equal(mirrored, image_3HW.flip(2))
-    assert boxes.tolist() == [[4.0, 0.0, 6.0, 2.0]]
-
-
-def texts(count, budget=1000, settings=None, records=None):
-    settings = settings or Negatives(max_categories=5, full_share=0.5, packing=1.0, max_captions=3)
-    rng = np.random.default_rng(0)
-    costs = [len(name.split()) for name in CATEGORIES]
-    return [
-        detection_text(detection(n % 7), CATEGORIES, costs, budget, settings, rng)
-        for n in range(count)
-    ]
-
-
-def test_half_the_detection_prompts_are_full_and_the_others_hold_any_number():
-    counts = Counter(len(text.categories) - 1 for text in texts(1000))
-    assert set(counts) == {1, 2, 3, 4, 5}
-    assert 500 < counts[5] < 700
-    assert min(counts.values()) > 60
-
-
-def test_a_detection_prompt_holds_its_positives_once_at_any_place():
-    places = Counter()
-    for number, text in enumerate(texts(300)):
-        assert len(set(text.categories)) == len(text.categories)
-        (phrase,) = text.phrase_of_region
-        assert text.categories[phrase] == number % 7
-        (span,) = text.prompt.spans[phrase]
-        assert text.maskable == (span,)
-        places[phrase] += 1
-    assert len(places) == 6
-
-
-def test_negatives_stop_at_the_token_budget_and_positives_come_first():
-    for text in texts(100, budget=8):
-        assert len(text.categories) <= 3
-        assert text.phrase_of_region != [None]
-    assert all(text.phrase_of_region == [None] for text in texts(5, budget=1))
-
-
-def test_a_packed_caption_keeps_its_spans_and_fits_the_budget():
-    settings = Negatives(max_categories=1, full_share=0.5, packing=0.6, max_captions=4)
-    rng = np.random.default_rng(0)
-    neighbours = [f"this is neighbour number {n}." for n in range(9)]
-    packed = Counter()
-    for number in range(300):
-        record = grounding(number)
-        text = caption_text(record, neighbours, lambda t: len(t.split()), 40, settings, rng)
-        ((start, end),) = text.prompt.spans[0]
-        assert text.prompt.text[start:end] == record.regions[0].phrase
-        ((start, end),) = text.maskable
-        assert text.prompt.text[start:end] == record.caption
-        assert len(text.prompt.text.split()) <= 40
-        packed[text.prompt.text.count("neighbour")] += 1
-    assert 90 < packed[0] < 150
-    assert set(packed) == {0, 1, 2, 3, 4}
-    for number in range(50):  # the own caption takes 9 of the 20 and a neighbour 6
-        text = caption_text(
-            grounding(number), neighbours, lambda t: len(t.split()), 20, settings, rng
-        )
-        assert text.prompt.text.count("neighbour") <= 1
-
-
 def test_a_box_whose_words_were_cut_off_is_dropped(tmp_path, tokenizer):
     caption = "a red square " + "and a blue circle " * 40 + "and a dog"
     records = [replace(grounding(n, caption, "dog"), key=f"far{n}") for n in range(8)] + [
@@ -358,24 +281,6 @@ def test_a_box_whose_words_were_cut_off_is_dropped(tmp_path, tokenizer):
         boxes = batch.box_mask_BN.sum(1).tolist()
         assert boxes == [int(key.startswith("long/near")) for key in batch.keys]
         assert bool(batch.positive_BNT.any(2).eq(batch.box_mask_BN).all())
-
-
-def test_masking_hides_the_promised_share_and_only_open_tokens():
-    rng = np.random.default_rng(0)
-    masking = Masking(probability=0.15, mask_id=4, vocab_size=100, special_ids=frozenset(range(5)))
-    ids_T = rng.integers(5, 100, 40_000)
-    ids_T[::10] = 2  # special
-    open_T = np.arange(40_000) % 2 == 0
-    corrupted_T, labels_T = mask_tokens(ids_T, open_T, masking, rng)
-    chosen_T = labels_T != IGNORE
-    assert not chosen_T[~open_T].any()
-    assert not chosen_T[ids_T < 5].any()
-    assert np.array_equal(corrupted_T[~chosen_T], ids_T[~chosen_T])
-    assert np.array_equal(labels_T[chosen_T], ids_T[chosen_T])
-    assert abs(chosen_T[open_T & (ids_T >= 5)].mean() - 0.15) < 0.01
-    assert abs((corrupted_T[chosen_T] == 4).mean() - 0.8) < 0.03
-    assert abs((corrupted_T[chosen_T] == ids_T[chosen_T]).mean() - 0.1) < 0.03
-    assert (corrupted_T[chosen_T] >= 4).all()
 
 
 def test_only_positive_names_and_own_captions_are_ever_masked(sets, tokenizer):

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from glipv2.model.deform import DeformConv, Taps, resize_taps, sample
+from glipv2.model.deform import DeformConv, Taps, resize_taps
 
 
 def setting(height: int, width: int, stride: int, seed: int = 0) -> tuple[Tensor, Taps, DeformConv]:
@@ -22,33 +22,24 @@ def setting(height: int, width: int, stride: int, seed: int = 0) -> tuple[Tensor
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(8, 12), (7, 5), (1, 4), (1, 1)])
-def test_sampling_and_multiplying_equals_torchvision(size: tuple[int, int], stride: int) -> None:
+def test_grid_sampling_equals_torchvisions_operator(size: tuple[int, int], stride: int) -> None:
     x, taps, conv = setting(*size, stride)
     expected = deform_conv2d(
         x, taps.offset_B18HW, conv.weight, conv.bias, stride, 1, mask=taps.mask_B9HW
     )
-    (samples,) = sample(x, [taps])
-    actual = conv(samples, (taps.mask_B9HW.shape[2], taps.mask_B9HW.shape[3]))
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(conv(x, taps), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_equal_torchvision() -> None:
     x, taps, conv = setting(9, 10, 1)
     inputs = [x, taps.offset_B18HW, taps.mask_B9HW, conv.weight, conv.bias]
-    expected = deform_conv2d(x, *inputs[1:2], conv.weight, conv.bias, 1, 1, mask=taps.mask_B9HW)
+    expected = deform_conv2d(
+        x, taps.offset_B18HW, conv.weight, conv.bias, 1, 1, mask=taps.mask_B9HW
+    )
     wanted = torch.autograd.grad(expected.sin().sum(), inputs)
-    (samples,) = sample(x, [taps])
-    found = torch.autograd.grad(conv(samples, (9, 10)).sin().sum(), inputs)
+    found = torch.autograd.grad(conv(x, taps).sin().sum(), inputs)
     for actual, gradient in zip(found, wanted, strict=True):
         torch.testing.assert_close(actual, gradient, rtol=1e-3, atol=1e-3)
-
-
-def test_convolutions_may_share_one_sampling_call() -> None:
-    x, first, _ = setting(8, 12, 1)
-    _, second, _ = setting(8, 12, 2, seed=1)
-    together = sample(x, [first, second])
-    for taps, samples in zip((first, second), together, strict=True):
-        torch.testing.assert_close(samples, sample(x, [taps])[0])
 
 
 def test_taps_of_a_finer_map_are_averaged_for_a_coarser_one() -> None:

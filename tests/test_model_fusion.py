@@ -89,8 +89,8 @@ def test_dropout_keeps_the_expected_values(
     calm = attention(*features)
     attention.dropout = 0.2
     torch.manual_seed(0)
-    runs = [attention.train()(*features) for _ in range(600)]
+    runs = [attention.train()(*features) for _ in range(150)]
     assert not torch.equal(runs[0][0], runs[1][0])
     for side in (0, 1):
         mean = torch.stack([run[side] for run in runs]).mean(0)
-        assert (mean - calm[side]).abs().mean() < 0.05 * (runs[0][side] - calm[side]).abs().max()
+        assert (mean - calm[side]).abs().mean() < 0.1 * (runs[0][side] - calm[side]).abs().max()

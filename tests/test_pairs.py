@@ -115,9 +115,9 @@ def test_the_web_sample_is_read_whole_and_says_who_made_it():
     assert len(records) == 36 and not dropped
     assert max(max(record.width, record.height) for record in records) <= 320
     lines = (SAMPLES / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    credits = [json.loads(line)["caption"] for line in lines]
-    assert all("redit:" in text for text in credits)
-    assert not any(kind in text for text in credits for kind in ("BY-SA", "BY-NC", "BY-ND"))
+    captions = [json.loads(line)["caption"] for line in lines]
+    assert all("redit:" in text for text in captions)
+    assert not any(kind in text for text in captions for kind in ("BY-SA", "BY-NC", "BY-ND"))
 
 
 def test_text_is_made_safe_to_store_and_show():

@@ -1,6 +1,7 @@
 import io
 import json
-import pickle
+import subprocess
+import sys
 import threading
 import uuid
 from dataclasses import replace
@@ -236,6 +237,42 @@ def test_keys_that_repeat_or_could_leave_the_folder_are_refused(folder):
         shards.write_shard(folder, "../up", records(1))
 
 
+WRITER = """
+import sys
+from glipv2.pipeline import shards
+from glipv2.pipeline.errors import BadSample
+from glipv2.pipeline.quarantine import Quarantine
+
+folder, writer = sys.argv[1:]
+members = {"json": b"{}", "jpg": writer.encode()}
+raws = [shards.RawSample(key=f"k{number}", members=members) for number in range(9)]
+for number in range(8):
+    print(shards.write_raw_shard(folder, shards.shard_name(number), raws).crc32c)
+quarantine = Quarantine(f"{folder}/quarantine.jsonl")
+for number in range(200):
+    quarantine("source", writer, f"k{number}", BadSample("reason", writer * 400))
+"""
+
+
+def test_processes_that_write_the_same_shards_agree_on_one_content(tmp_path):
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(number)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    outputs = [writer.communicate(timeout=120)[0].split() for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert outputs[0] == outputs[1] == outputs[2]
+    on_disk = [storage.file_crc32c(f"{tmp_path}/{shards.shard_name(n)}.tar") for n in range(8)]
+    assert outputs[0] == on_disk
+    assert storage.list_names(f"{tmp_path}/attempts") == []
+    lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert len([json.loads(line) for line in lines]) == 600
+
+
 # ---- damage ----
 
 
@@ -326,116 +363,6 @@ def test_another_commit_record_than_the_manifest_knows_is_refused(folder):
     shard_reader._read_index.cache_clear()
     with pytest.raises(DataError, match="not the commit record"):
         shards.read_index(shard_set, 0)
-
-
-# ---- strangers' samples ----
-
-
-class Canary:
-    def __reduce__(self):
-        return (open, ("canary", "w"))
-
-
-def raw_with(**members):
-    base = shards.record_members(record())
-    return shards.RawSample(key="key0000", members={**base, **members})
-
-
-def test_a_pickle_member_is_never_loaded(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    url = f"memory://{uuid.uuid4().hex}"
-    raw = raw_with(**{"pkl": pickle.dumps(Canary()), "pth": pickle.dumps(Canary())})
-    shard = shards.write_raw_shard(url, "shard-000000", [raw])
-    shards.write_manifest(url, [shard], CATEGORIES, {})
-    assert list(shards.iterate_records(url)) == [record()]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_members_of_another_sample_or_links_are_refused():
-    good = shards.RawSample(key="other", members={"json": b"{}"})
-    url = f"memory://{uuid.uuid4().hex}"
-    shards.write_raw_shard(url, "shard-000000", [good])
-    data = storage.read_bytes(storage.join(url, "shard-000000.tar"))
-    entry = shards.SampleEntry(
-        key="mine", offset=0, length=1024, crc32c=storage.crc32c(data[:1024])
-    )
-    assert shard_reader._raw_sample(entry, data[:1024]).error.reason == "tar_invalid"
-
-
-def altered(change):
-    document = json.loads(shards.record_members(record())["json"])
-    change(document)
-    return json.dumps(document).encode()
-
-
-def with_box(*box):
-    return altered(lambda d: d["regions"][0].update(box=list(box)))
-
-
-def with_span(*span):
-    return altered(lambda d: d["regions"][0].update(spans=[list(span)]))
-
-
-DEEP = b"[" * 100_000 + b"]" * 100_000
-BAD_JSON = {
-    "json_invalid: NaN": with_box(float("nan"), 0, 5, 5),
-    "json_invalid: Infinity": with_box(0, 0, float("inf"), 5),
-    "json_invalid: 1e999": with_box(0, 0, 5, 5).replace(b"[0, 0, 5, 5]", b"[0, 0, 1e999, 5]"),
-    "json_invalid: maximum recursion": DEEP,
-    "json_invalid: a field occurs twice": b'{"task": "pairs", "task": "pairs"}',
-    "json_invalid: 'utf-8' codec": "{}é".encode("latin-1"),
-    "json_invalid: Unexpected UTF-8 BOM": b"\xef\xbb\xbf{}",
-    "json_invalid: Expecting": b"<html>",
-    "json_schema: fields must be": b'{"caption": "x"}',
-    "json_schema: task": altered(lambda d: d.update(task="eval")),
-    "json_schema: width": altered(lambda d: d.update(width="32")),
-    "json_schema: caption": altered(lambda d: d.update(caption=7)),
-    "json_schema: caption must": altered(lambda d: d.update(caption="x" * 1_000_000)),
-    "json_schema: caption: 'utf-8'": altered(lambda d: d.update(caption="\ud800")),
-    "json_schema: regions": altered(lambda d: d.update(regions=d["regions"] * 10_000)),
-    "json_schema: box": with_box(0, 0, "5", 5),
-    "json_schema: box ": with_box(0, 0, 5),
-    "json_schema: box is": with_box(0, 0, 10**400, 5),
-    "json_schema: category": altered(lambda d: d["regions"][0].update(category=-1)),
-    "box_inverted": with_box(9, 0, 5, 5),
-    "box_empty": with_box(5, 0, 5, 5),
-    "box_outside": with_box(0, 0, 40, 5),
-    "box_outside: ": with_box(-30, -30, -10, -10),
-    "score_invalid": altered(lambda d: d["regions"][0].update(score=1.5)),
-    "span_outside": with_span(0, 500),
-    "span_outside: [-3": with_span(-3, 2),
-    "span_outside: [5, 5]": with_span(5, 5),
-    "span_missing": altered(lambda d: d["regions"][0].update(spans=[])),
-    "caption_empty": altered(lambda d: d.update(caption="  ", regions=[])),
-    "category_missing": altered(lambda d: d.update(task="detection")),
-    "category_unknown": altered(lambda d: d["regions"][0].update(category=2)),
-    "size_mismatch": altered(lambda d: d.update(width=31)),
-}
-
-
-@pytest.mark.parametrize("message", BAD_JSON)
-def test_a_broken_description_is_a_bad_sample_with_its_reason(message):
-    with pytest.raises(BadSample) as caught:
-        shards.parse_record(raw_with(json=BAD_JSON[message]), len(CATEGORIES))
-    assert str(caught.value).startswith(message.strip()) or message in str(caught.value)
-
-
-def test_a_box_reaching_a_pixel_over_the_edge_is_clipped():
-    parsed = shards.parse_record(raw_with(json=with_box(-0.5, 0, 32.9, 24)))
-    assert parsed.regions[0].box == (0.0, 0.0, 32.0, 24.0)
-
-
-def test_an_image_under_the_wrong_extension_is_a_bad_sample():
-    with pytest.raises(BadSample, match=r"image_format: named \.jpg but holds png"):
-        shards.parse_record(raw_with(jpg=jpeg(image_format="PNG")))
-
-
-def test_a_sample_without_image_or_description_is_a_bad_sample():
-    members = shards.record_members(record())
-    for missing, reason in (("jpg", "image_missing"), ("json", "json_missing")):
-        rest = {name: data for name, data in members.items() if name != missing}
-        with pytest.raises(BadSample, match=reason):
-            shards.parse_record(shards.RawSample(key="key0000", members=rest))
 
 
 def test_a_writer_refuses_what_a_reader_would_refuse(folder):

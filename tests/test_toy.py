@@ -96,7 +96,7 @@ def test_spans_are_exact_and_things_named_alike_share_one():
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_boxes_bound_the_masks_and_at_most_a_fifth_is_hidden(hard):
+def test_boxes_bound_the_visible_masks(hard):
     for record in toy_records("toy_grounding", 40, seed=6, hard=hard):
         masks = [coco_mask.decode(region.mask) for region in record.regions]
         assert np.sum(masks, axis=0).max() == 1  # visible parts never overlap
@@ -107,16 +107,15 @@ def test_boxes_bound_the_masks_and_at_most_a_fifth_is_hidden(hard):
             assert (columns.max() + 1, rows.max() + 1) == (x1, y1)
 
 
-def test_a_hidden_object_keeps_four_fifths_of_its_area():
+def test_every_object_keeps_four_fifths_of_its_area_however_many_cover_it():
     look = {"colour": "red", "shape": "square", "texture": "plain", "size": "large"}
-    things = [Thing(**look, diameter=0.4) for _ in range(4)]
+    things = [Thing(**look, diameter=0.35) for _ in range(12)]
+    whole = (0.88 * 0.35 * 128) ** 2
     shares = []
-    for seed in range(60):
+    for seed in range(100):
         _, drawn = draw_scene(things, 128, False, np.random.default_rng(seed))
-        areas = [coco_mask.area(item.mask) for item in drawn]
-        shares += [float(area) / max(areas) for area in areas]
-    assert min(shares) > 0.8 * 0.93  # 0.93: equal squares differ by their tilt and rounding
-    assert min(shares) < 0.97  # some do overlap
+        shares += [float(coco_mask.area(item.mask)) / whole for item in drawn]
+    assert 0.79 < min(shares) < 0.9  # 0.01 for rounding to pixels; some do overlap
 
 
 def test_the_pixels_of_a_plain_object_have_the_colour_of_its_name():

@@ -1,4 +1,5 @@
 import io
+import zlib
 from pathlib import Path
 
 import pytest
@@ -118,8 +119,9 @@ def test_bad_files_are_counted_by_reason_and_skipped(tmp_path):
         ("fine", "absent", "truncated", "renamed", "animated", "huge", "text"), good
     )
     files |= {"bomb": xml(head=bomb), "cut": good[:60], "resized": xml(size=(80, 60))}
-    huge = bytearray(image_bytes("PNG"))
-    huge[16:24] = (30000).to_bytes(4, "big") * 2  # the header alone claims 900 million pixels
+    huge = bytearray(image_bytes("PNG"))  # its header alone will claim 900 million pixels
+    huge[16:24] = (30000).to_bytes(4, "big") * 2
+    huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
     images = {f"{name}.jpg": image_bytes() for name in ("fine", "bomb", "cut", "resized")}
     images |= {
         "truncated.jpg": Path(BCCD / "JPEGImages" / "BloodImage_00000.jpg").read_bytes()[:9000],

@@ -1,0 +1,88 @@
+"""Run glipv2 commands as a user does: real processes that can be killed at any moment."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SMOKE = ROOT / "tests" / "recipes" / "smoke.yaml"
+TIMEOUT = 240.0
+
+
+def smoke_recipe(folder: Path, **changes: Any) -> Path:
+    """A copy of the smoke recipe with some top-level sections replaced or extended."""
+    tree = yaml.safe_load(SMOKE.read_text())
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def start(*arguments: object) -> "subprocess.Popen[str]":
+    """A glipv2 command in its own process group, output collected."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "glipv2.jobs.cli", *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def finish(*arguments: object, code: int = 0) -> str:
+    """Run a command to its end; what it printed on both streams."""
+    process = start(*arguments)
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out + err
+
+
+def kill_when(condition: Callable[[], bool], *arguments: object, victim: str = "") -> int:
+    """Start a command, SIGKILL it (or its descendant whose command line has `victim`) as soon as
+    the condition holds; returns the exit code."""
+    process = start(*arguments)
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        time.sleep(0.02)
+    target = process.pid
+    if victim:
+        target = next(p for p in descendants(process.pid) if victim in command_line(p))
+    os.kill(target, signal.SIGKILL)
+    process.communicate(timeout=TIMEOUT)
+    return process.returncode
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def descendants(pid: int) -> list[int]:
+    """Every living process below `pid`, deepest last."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+            parents.setdefault(parent, []).append(int(entry.name))
+    found, queue = [], [pid]
+    while queue:
+        children = parents.get(queue.pop(0), [])
+        found += children
+        queue += children
+    return found

@@ -1,0 +1,164 @@
+"""Kill -9 at any moment, run the same command again: nothing is lost and nothing differs."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from commands import command_line, descendants, finish, kill_when, smoke_recipe, start  # noqa: E402
+
+from glipv2.jobs.prepare import prepare_set  # noqa: E402
+from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
+from glipv2.pipeline.config import PrepareConfig  # noqa: E402
+from glipv2.pipeline.runlog import read_losses  # noqa: E402
+
+STEPS = 9
+SETS = {"toy_detection": 40, "toy_grounding": 40}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kill")
+    for name, count in SETS.items():
+        options = PrepareConfig(source="toy", set=name, count=count, size=64, seed=1)
+        prepare_set(str(folder / "data" / name), options)
+    options = PrepareConfig(source="toy", set="toy_pairs", count=24, size=64, seed=1)
+    prepare_set(str(folder / "data" / "toy_pairs"), options, samples_per_shard=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Path:
+    return smoke_recipe(
+        folder,
+        run_dir=str(folder / "undisturbed"),
+        data={"root": str(folder / "data"), "mixture": {"toy_detection": 1, "toy_grounding": 1}},
+        train={"steps": STEPS, "checkpoint_every": 3},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, folder: Path) -> Path:
+    finish("pretrain", recipe)
+    return folder / "undisturbed"
+
+
+def step_logged(run: Path, step: int) -> Callable[[], bool]:
+    return lambda: any(entry["step"] >= step for entry in read_losses(str(run)))
+
+
+def checkpoint_committed(run: Path, step: int) -> Callable[[], bool]:
+    return lambda: step in committed_steps(str(run))
+
+
+def test_a_killed_pretraining_ends_with_the_same_losses_and_weights_bit_for_bit(
+    recipe: Path, undisturbed: Path, folder: Path
+) -> None:
+    run = folder / "killed"
+    command = ("pretrain", recipe, f"run_dir={run}")
+    assert kill_when(step_logged(run, 1), *command) == -9  # the launcher, before a checkpoint
+    assert kill_when(step_logged(run, 4), *command, victim="pretrain") == 3  # a rank
+    assert committed_steps(str(run)) == [3]
+    finish(*command)
+    for name in ("losses.jsonl", "checkpoints/step-000009/model.safetensors",
+                 "checkpoints/step-000009/optimizer.safetensors"):  # fmt: skip
+        assert (run / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
+def test_a_killed_launcher_leaves_no_rank_behind(recipe: Path, folder: Path) -> None:
+    run = folder / "orphans"
+    process = start("pretrain", recipe, f"run_dir={run}")
+    while not step_logged(run, 0)():
+        assert process.poll() is None
+    ranks = [p for p in descendants(process.pid) if "pretrain" in command_line(p)]
+    assert len(ranks) >= 2
+    process.kill()
+    process.communicate()
+    assert wait_for(lambda: not any(command_line(p) for p in ranks))
+
+
+def test_world_size_2_then_1_then_2_in_one_epoch_gives_the_same_losses(
+    recipe: Path, undisturbed: Path, folder: Path
+) -> None:
+    run = folder / "elastic"
+    command = ("pretrain", recipe, f"run_dir={run}")
+    kill_when(checkpoint_committed(run, 3), *command)
+    kill_when(checkpoint_committed(run, 6), *command, "train.processes=1")
+    finish(*command)
+    expected, found = read_losses(str(undisturbed)), read_losses(str(run))
+    assert [entry["step"] for entry in found] == list(range(STEPS))
+    for want, got in zip(expected, found, strict=True):
+        assert got == pytest.approx(want, rel=1e-6, abs=1e-7), want["step"]
+
+
+def test_a_finished_run_is_not_trained_again(recipe: Path, undisturbed: Path) -> None:
+    before = (undisturbed / "losses.jsonl").stat().st_mtime_ns
+    finish("pretrain", recipe)
+    assert (undisturbed / "losses.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_second_trainer_on_the_same_run_is_refused(recipe: Path, folder: Path) -> None:
+    run = folder / "twice"
+    first = start("pretrain", recipe, f"run_dir={run}")
+    while not (run / ".lock").exists():
+        assert first.poll() is None
+    try:
+        assert "in use by another process" in finish("pretrain", recipe, f"run_dir={run}", code=2)
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_a_killed_labelling_ends_with_the_same_shards_byte_for_byte(
+    recipe: Path, undisturbed: Path, folder: Path
+) -> None:
+    def command(out: str) -> tuple[object, ...]:
+        own = smoke_recipe(
+            folder,
+            run_dir=str(folder / out),
+            data={"root": str(folder / "data")},
+            label={"teacher": str(undisturbed), "inputs": {"toy_pairs": out}},
+        )
+        return "label", own.rename(folder / f"{out}.yaml")
+
+    finish(*command("labelled-whole"))
+    out = folder / "data" / "labelled-killed"
+    again = command("labelled-killed")
+    assert kill_when(lambda: len(list(out.glob("commits/*"))) >= 2, *again) == -9
+    assert not (out / "dataset.json").exists()
+    finish(*again)
+    whole = folder / "data" / "labelled-whole"
+    assert json.loads((out / "dataset.json").read_text())["shards"]
+    names = sorted(path.name for path in whole.glob("*.tar"))
+    assert len(names) == 6
+    assert sorted(path.name for path in out.glob("*.tar")) == names
+    for name in names:
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_labelling_with_other_settings_into_the_same_set_is_refused(
+    recipe: Path, undisturbed: Path, folder: Path
+) -> None:
+    own = smoke_recipe(
+        folder,
+        run_dir=str(folder / "refused"),
+        data={"root": str(folder / "data")},
+        label={"teacher": str(undisturbed), "inputs": {"toy_pairs": "labelled-refused"}},
+    )
+    finish("label", own)
+    said = finish("label", own, "label.score_threshold=0.07", code=2)
+    assert "labelled with other settings" in said
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    import time
+
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False

@@ -1,0 +1,93 @@
+from collections import Counter
+
+import numpy as np
+
+from glipv2.pipeline.negatives import Negatives, caption_text, detection_text
+from glipv2.pipeline.records import Record, Region
+
+COLOURS, SHAPES = ("red", "blue", "green", "yellow"), ("square", "circle", "triangle")
+CATEGORIES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+
+
+def record(task, caption="", **region):
+    box = (10.0, 20.0, 41.0, 51.0)
+    return Record(
+        key="k",
+        image=b"",
+        image_format="jpg",
+        width=80,
+        height=60,
+        task=task,
+        caption=caption,
+        regions=(Region(box=box, **region),),
+    )
+
+
+def detection(number):
+    return record("detection", category=number)
+
+
+def grounding(number):
+    phrase = CATEGORIES[number % len(CATEGORIES)]
+    caption = f"a picture of a {phrase} and number {number}"
+    start = caption.index(phrase)
+    return record("grounding", caption, spans=((start, start + len(phrase)),), phrase=phrase)
+
+
+def texts(count, budget=1000, settings=None, records=None):
+    settings = settings or Negatives(max_categories=5, full_share=0.5, packing=1.0, max_captions=3)
+    rng = np.random.default_rng(0)
+    costs = [len(name.split()) for name in CATEGORIES]
+    return [
+        detection_text(detection(n % 7), CATEGORIES, costs, budget, settings, rng)
+        for n in range(count)
+    ]
+
+
+def test_half_the_detection_prompts_are_full_and_the_others_hold_any_number():
+    counts = Counter(len(text.categories) - 1 for text in texts(1000))
+    assert set(counts) == {1, 2, 3, 4, 5}
+    assert 500 < counts[5] < 700
+    assert min(counts.values()) > 60
+
+
+def test_a_detection_prompt_holds_its_positives_once_at_any_place():
+    places = Counter()
+    for number, text in enumerate(texts(300)):
+        assert len(set(text.categories)) == len(text.categories)
+        (phrase,) = text.phrase_of_region
+        assert text.categories[phrase] == number % 7
+        (span,) = text.prompt.spans[phrase]
+        assert text.maskable == (span,)
+        places[phrase] += 1
+    assert len(places) == 6
+
+
+def test_negatives_stop_at_the_token_budget_and_positives_come_first():
+    for text in texts(100, budget=8):
+        assert len(text.categories) <= 3
+        assert text.phrase_of_region != [None]
+    assert all(text.phrase_of_region == [None] for text in texts(5, budget=1))
+
+
+def test_a_packed_caption_keeps_its_spans_and_fits_the_budget():
+    settings = Negatives(max_categories=1, full_share=0.5, packing=0.6, max_captions=4)
+    rng = np.random.default_rng(0)
+    neighbours = [f"this is neighbour number {n}." for n in range(9)]
+    packed = Counter()
+    for number in range(300):
+        record = grounding(number)
+        text = caption_text(record, neighbours, lambda t: len(t.split()), 40, settings, rng)
+        ((start, end),) = text.prompt.spans[0]
+        assert text.prompt.text[start:end] == record.regions[0].phrase
+        ((start, end),) = text.maskable
+        assert text.prompt.text[start:end] == record.caption
+        assert len(text.prompt.text.split()) <= 40
+        packed[text.prompt.text.count("neighbour")] += 1
+    assert 90 < packed[0] < 150
+    assert set(packed) == {0, 1, 2, 3, 4}
+    for number in range(50):  # the own caption takes 9 of the 20 and a neighbour 6
+        text = caption_text(
+            grounding(number), neighbours, lambda t: len(t.split()), 20, settings, rng
+        )
+        assert text.prompt.text.count("neighbour") <= 1

@@ -96,6 +96,8 @@ def write_shard_set(
                 "write to a new folder, or delete this one first"
             )
         shards.append(done or write_shard(url, name, chunk))
+    if not shards:
+        raise DataError(f"{url}: no samples to make a shard set of")
     return write_manifest(url, shards, categories, info)
 
 
@@ -149,8 +151,6 @@ def write_manifest(
 ) -> ShardSet:
     """Declare the set complete; the last act of whoever makes it. Leftover attempts are removed."""
     names = [shard.name for shard in shards]
-    if not sum(shard.samples for shard in shards):
-        raise DataError(f"{url}: no samples to make a shard set of")
     if len(set(names)) != len(names) or len(set(categories)) != len(categories):
         raise DataError(f"{url}: shard names and category names must be unique")
     content = manifest_content(tuple(shards), tuple(categories), info)

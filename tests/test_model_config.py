@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from glipv2.model.config import (
     PRESETS,
@@ -11,7 +12,7 @@ from glipv2.model.config import (
     config_to_dict,
     preset,
 )
-from glipv2.model.glip import build_model
+from glipv2.model.glip import GLIPv2, build_model
 
 
 @pytest.mark.parametrize("name", ["tiny", "T", "B", "L", "H"])
@@ -49,3 +50,31 @@ def test_text_width_must_split_into_heads() -> None:
 def test_the_tiny_preset_has_two_to_five_million_parameters() -> None:
     parameters = sum(p.numel() for p in build_model(preset("tiny"), seed=0).parameters())
     assert 2e6 < parameters < 5e6
+
+
+DUMMY_CLASSIFIER = 20_560  # the released head has 80 class logits that nothing uses; we don't
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "image", "pyramid", "head"),
+    [
+        ("T", {"fusion": False}, 27_520_506, 3_295_232, 11_723_140),  # GLIP-T(A)
+        ("T", {}, 27_520_506, 3_295_232, 92_072_836),
+        ("L", {}, 195_200_820, 3_639_296, 122_690_620),
+    ],
+)
+def test_parameters_are_as_many_as_in_the_released_models(
+    name: str, change: dict[str, bool], image: int, pyramid: int, head: int
+) -> None:
+    with torch.device("meta"):
+        model = GLIPv2(dataclasses.replace(preset(name), **change))
+
+    def count(*modules: torch.nn.Module) -> int:
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    assert count(model.image_encoder) == image
+    assert count(model.pyramid) == pyramid
+    assert count(model.text_encoder) == 108_891_648
+    assert count(model.blocks, model.box_head, model.alignment_head) == head - DUMMY_CLASSIFIER
+    assert count(model.masked_word_head) == 24_063_546
+    assert count(model.contrast_head) == 65_665

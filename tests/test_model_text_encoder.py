@@ -36,4 +36,4 @@ def test_a_word_is_heard_by_its_neighbours() -> None:
 
 def test_the_word_embeddings_have_the_spread_asked_for() -> None:
     weight = encoder().bert.embeddings.word_embeddings.weight
-    assert abs(float(weight.std()) - 0.3) < 0.01
+    assert abs(weight.std().item() - 0.3) < 0.01

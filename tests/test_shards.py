@@ -202,11 +202,11 @@ def test_stats_filled_while_writing_are_in_the_commit_and_the_manifest(folder):
     assert shards.write_manifest(folder, [shard], CATEGORIES, {}).shards[0].stats == {"seen": 3}
 
 
-def test_a_shard_may_be_empty_but_a_set_may_not(folder):
+def test_a_shard_may_be_empty_but_a_set_is_not_made_from_nothing(folder):
+    with pytest.raises(DataError, match="no samples"):
+        shards.write_shard_set(folder, [], CATEGORIES, {})
     empty = shards.write_shard(folder, "shard-000000", [])
     assert empty.samples == 0
-    with pytest.raises(DataError, match="no samples"):
-        shards.write_manifest(folder, [empty], CATEGORIES, {})
     full = shards.write_shard(folder, "shard-000001", records(2))
     shards.write_manifest(folder, [empty, full], CATEGORIES, {})
     assert [item.key for item in shards.iterate_records(folder)] == ["key0000", "key0001"]

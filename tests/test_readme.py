@@ -1,0 +1,58 @@
+"""What the README says exists, exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from glipv2.jobs.cli import COMMANDS, _parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMAND = re.compile(r"^    (glipv2 .+)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("folder", ["jobs", "eval", "data_prep", "pipeline", "model", "infra"])
+def test_the_file_map_names_every_file(folder: str) -> None:
+    section = README.split(f"\n{folder}/ ", 1)[1].split("\n```")[0]
+    listed = re.findall(r"^  (\w+\.py) ", section.split("\n", 1)[1], re.MULTILINE)
+    own = listed[: len(sorted((ROOT / folder).glob("*.py"))) - (folder != "infra")]
+    assert own == sorted(
+        path.name for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"
+    )
+
+
+@pytest.mark.parametrize("line", COMMAND.findall(README))
+def test_every_command_shown_is_understood(line: str) -> None:
+    words = shlex.split(line)[1:]
+    assert _parser(words).parse_args(words).command == words[0]
+
+
+def test_every_command_is_shown() -> None:
+    assert {name for name in COMMANDS if f"glipv2 {name}" not in README} <= {"run"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"`((?:infra|tests|pipeline)/[\w./]+)`", README)))
+)
+def test_every_path_named_exists(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+def test_the_pictures_shown_exist() -> None:
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert pictures
+    assert all((ROOT / path).is_file() for path in pictures)
+
+
+def test_every_make_target_shown_is_in_the_makefile() -> None:
+    targets = set(re.findall(r"`?make ([a-z-]+)", README))
+    makefile = (ROOT / "Makefile").read_text()
+    assert {t for t in targets if f"\n{t}:" not in makefile} == set()
+
+
+def test_the_wheel_holds_every_folder_of_the_package() -> None:
+    declared = set(re.findall(r'"glipv2\.(\w+)"', (ROOT / "pyproject.toml").read_text()))
+    found = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert declared == found

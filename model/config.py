@@ -84,6 +84,8 @@ class ModelConfig:
     fusion_dropout: float = 0.1
     fusion_scale: float | None = None
     """Initial layer scale of image-text attention; null is GLIP's 1 / fusion_blocks."""
+    alignment_temperature: float = 1.0
+    """What region-word logits are divided by at first; it is learned. Narrow models need less."""
     group_norm_groups: int = 16
     contrast_width: int = 64
     """Width of the projections that the inter-image contrast compares."""
@@ -128,6 +130,7 @@ TINY = ModelConfig(
     fusion_heads=4,
     fusion_dropout=0.0,
     fusion_scale=0.02,
+    alignment_temperature=0.22,
     contrast_width=32,
     contrast_regions=32,
     drop_block=False,

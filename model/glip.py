@@ -77,7 +77,7 @@ class GLIPv2(nn.Module):
         self.text_encoder = TextEncoder(config.text_encoder)
         self.blocks = nn.ModuleList(FusionBlock(config) for _ in range(config.fusion_blocks))
         self.box_head = BoxHead(config.width, config.levels)
-        self.alignment_head = AlignmentHead(config.width, text_width)
+        self.alignment_head = AlignmentHead(config.width, text_width, config.alignment_temperature)
         self.masked_word_head = MaskedWordHead(text_width, config.text_encoder.vocab_size)
         self.contrast_head = ContrastHead(config.width, text_width, config.contrast_width)
 

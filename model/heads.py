@@ -47,10 +47,10 @@ class BoxHead(nn.Module):
 class AlignmentHead(nn.Module):
     """Region-word alignment logits from fused features (facts A.7)."""
 
-    def __init__(self, width: int, text_width: int) -> None:
+    def __init__(self, width: int, text_width: int, start_temperature: float) -> None:
         super().__init__()
         self.project_text = nn.Linear(text_width, width)
-        self.log_scale = nn.Parameter(torch.zeros(1))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(start_temperature)]))
         self.bias_text = nn.Parameter(torch.zeros(text_width))
         self.bias0 = nn.Parameter(torch.full((1,), -math.log((1 - PRIOR) / PRIOR)))
 

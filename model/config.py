@@ -119,7 +119,7 @@ TINY = ModelConfig(
         embed_dim=32, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8), window=4, drop_path=0.0
     ),
     text_encoder=TextEncoderConfig(
-        width=64, layers=2, heads=4, max_tokens=160, vocab_size=1024, dropout=0.0, word_init_std=0.3
+        width=64, layers=2, heads=4, max_tokens=96, vocab_size=1024, dropout=0.0, word_init_std=0.3
     ),
     input=InputConfig(short_side=128, long_side=128, pad_to=(128, 128)),
     width=64,

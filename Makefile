@@ -6,16 +6,17 @@ PYTHON ?= python3
 LOCK := requirements.lock
 export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
-TEST_ENV := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+# the quickstart and the tests are CPU work, also where there is a GPU
+ON_CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
 
 .PHONY: quickstart setup lock lint test test-all bench reproduce-toy clean
 
 quickstart: setup
-	@.venv/bin/glipv2 run infra/recipes/quickstart.yaml
+	@$(ON_CPU) .venv/bin/glipv2 run infra/recipes/quickstart.yaml
 
 reproduce-toy: setup
-	@$(PY) infra/reproduce_toy.py
+	@$(ON_CPU) $(PY) infra/reproduce_toy.py
 
 setup: .venv/ready
 
@@ -43,13 +44,13 @@ lint: setup
 	.venv/bin/lint-imports
 
 test: setup
-	$(TEST_ENV) .venv/bin/pytest -m "not slow and not gpu"
+	$(ON_CPU) .venv/bin/pytest -m "not slow and not gpu"
 
 test-all: setup
-	$(TEST_ENV) .venv/bin/pytest -m "not gpu"
+	$(ON_CPU) .venv/bin/pytest -m "not gpu"
 
 bench: setup
-	$(TEST_ENV) $(PY) infra/bench.py
+	$(ON_CPU) $(PY) infra/bench.py
 
 clean:
 	rm -rf .venv .types runs build *.egg-info

@@ -1,7 +1,7 @@
 """What can stand in a toy scene: coloured shapes, their words, and how a scene is drawn by lot.
 
-6 shapes x 6 colours are the 36 categories ("red square"). 7 combinations never appear in the gold
-sets, though each of their words does; two further words (`teal`, `star`) appear in no gold set at
+6 shapes x 6 colours are the 36 categories ("red square"). 15 combinations never appear in the
+gold sets, though each of their words does; two further words (`teal`, `star`) appear in no gold set at
 all. Texture and size are attributes that captions may mention.
 """
 
@@ -19,14 +19,22 @@ SIZES = ("small", "large")
 NOVEL_SHAPE = "star"
 NOVEL_COLOUR = "teal"
 
-HELD_OUT = (  # every shape and every colour is held out once, green twice
+HELD_OUT = (  # every shape and every colour is held out two or three times
     ("blue", "circle"),
+    ("blue", "cross"),
+    ("blue", "ring"),
     ("green", "cross"),
-    ("green", "square"),
+    ("green", "diamond"),
+    ("orange", "diamond"),
     ("orange", "ring"),
+    ("orange", "triangle"),
+    ("purple", "ring"),
     ("purple", "square"),
+    ("red", "cross"),
+    ("red", "square"),
     ("red", "triangle"),
-    ("yellow", "diamond"),
+    ("yellow", "circle"),
+    ("yellow", "triangle"),
 )
 SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 NOVEL = tuple((c, NOVEL_SHAPE) for c in COLOURS) + tuple((NOVEL_COLOUR, s) for s in SHAPES)

@@ -11,6 +11,8 @@ from pathlib import Path
 RECIPE = "infra/recipes/reproduce_toy.yaml"
 ROOT = Path("runs/reproduce-toy")
 SEEDS = (1, 2, 3)
+TOY_SETS = ("toy_detection", "toy_grounding", "toy_calibration", "toy_pairs", "toy_pairs_truth",
+            "toy_val")  # fmt: skip
 COLUMNS = ("caption_seen_ap50", "caption_unseen_ap50", "chunked_seen_ap50",
            "chunked_unseen_ap50", "bccd_ap50", "recall_at_1")  # fmt: skip
 
@@ -19,6 +21,7 @@ def main() -> int:
     for seed in SEEDS:
         folder = ROOT / f"seed-{seed}"
         command = ["-m", "glipv2.jobs.cli", "run", RECIPE, f"run_dir={folder}", f"seed={seed}"]
+        command += [f"prepare.{name}.seed={seed}" for name in TOY_SETS]  # another world as well
         code = subprocess.run([sys.executable, *command]).returncode
         if code:
             return code

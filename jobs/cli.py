@@ -22,6 +22,39 @@ COMMANDS = {
     "ground": "boxes for one image and a text",
     "doctor": "versions, devices, what is missing and how to mend it",
 }
+EXAMPLES = {
+    "prepare": """
+  glipv2 prepare coco --annotations instances.json --images images/ --out data/mine
+  glipv2 prepare voc --annotations Annotations/ --images JPEGImages/ --out data/mine
+  glipv2 prepare pairs --root scraped/ --out s3://bucket/pairs
+Cut off, the same command goes on; what was dropped and why ends up in OUT/dataset.json.""",
+    "view": """
+  glipv2 view data/mine --out mine.html --count 24
+  glipv2 view s3://bucket/labelled --out page.html --keys cat-000017 dog-000003""",
+    "pretrain": """
+  glipv2 pretrain infra/recipes/quickstart.yaml --phase teacher
+  glipv2 pretrain my.yaml train.steps=5000 data.mixture.mine=1
+  torchrun --nproc-per-node 8 -m glipv2.jobs.cli pretrain my.yaml train.precision=bf16
+A run goes on from its newest committed checkpoint, on any number of ranks.""",
+    "label": """
+  glipv2 label infra/recipes/quickstart.yaml
+  glipv2 label my.yaml label.teacher=runs/mine label.num_actors=16 --address auto
+Shards that are committed are never redone; other settings need another output set.""",
+    "evaluate": """
+  glipv2 evaluate infra/recipes/quickstart.yaml --phase student
+  glipv2 evaluate my.yaml --checkpoint runs/mine/checkpoints/step-001000""",
+    "run": """
+  glipv2 run infra/recipes/quickstart.yaml
+  glipv2 run infra/recipes/quickstart.yaml run_dir=runs/seed-2 seed=2""",
+    "report": """
+  glipv2 report runs/quickstart""",
+    "ground": """
+  glipv2 ground --checkpoint runs/quickstart/student --image photo.jpg \\
+      --text "a red square. a blue circle."
+  glipv2 ground --checkpoint runs/quickstart/student --image cells.jpg --categories RBC,WBC""",
+    "doctor": """
+  glipv2 doctor""",
+}
 CAN_BE_RUN_AGAIN = 3
 
 
@@ -29,8 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_environment()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = _parser(words).parse_args(words)
-    return _guarded(parsed)
+    return _guarded(parse(words))
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments of a command; overrides may stand before and after options."""
+    parser = _parser(words)
+    parsed, rest = parser.parse_known_args(words)
+    if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
 
 
 def _quiet_environment() -> None:
@@ -51,7 +94,13 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = words[0] if words else ""
     for name, text in COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"examples:{EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if name == chosen:  # the others' modules need not be imported
             importlib.import_module(f"glipv2.jobs.{name}").add_arguments(sub)
     return parser

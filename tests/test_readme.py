@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from glipv2.jobs.cli import COMMANDS, _parser
+from glipv2.jobs.cli import COMMANDS, EXAMPLES, parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,7 +26,22 @@ def test_the_file_map_names_every_file(folder: str) -> None:
 @pytest.mark.parametrize("line", COMMAND.findall(README))
 def test_every_command_shown_is_understood(line: str) -> None:
     words = shlex.split(line)[1:]
-    assert _parser(words).parse_args(words).command == words[0]
+    assert parse(words).command == words[0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_example_of_the_help_is_understood(name: str) -> None:
+    lines = EXAMPLES[name].replace("\\\n", " ").splitlines()
+    shown = [shlex.split(line)[1:] for line in lines if line.startswith("  glipv2 ")]
+    assert shown
+    assert {parse(words).command for words in shown} == {name}
+
+
+def test_overrides_may_stand_after_options() -> None:
+    parsed = parse(["pretrain", "r.yaml", "seed=1", "--phase", "teacher", "train.steps=3"])
+    assert (parsed.phase, parsed.overrides) == ("teacher", ["seed=1", "train.steps=3"])
+    with pytest.raises(SystemExit):
+        parse(["pretrain", "r.yaml", "--phases", "teacher"])
 
 
 def test_every_command_is_shown() -> None:

@@ -1,8 +1,8 @@
 """What can stand in a toy scene: coloured shapes, their words, and how a scene is drawn by lot.
 
 6 shapes x 6 colours are the 36 categories ("red square"). 15 combinations never appear in the
-gold sets, though each of their words does; two further words (`teal`, `star`) appear in no gold set at
-all. Texture and size are attributes that captions may mention.
+gold sets, though each of their words does; two further words (`teal`, `star`) appear in no gold set
+at all. Texture and size are attributes that captions may mention.
 """
 
 from dataclasses import dataclass

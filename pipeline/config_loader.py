@@ -9,29 +9,45 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from glipv2.model.config import ModelConfig, preset
+from glipv2.pipeline import storage
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import ConfigError
+
+MOST_EXTENDED = 5
+"""How many recipes may extend one another."""
 
 
 def load_config(recipe: str, overrides: list[str], phase: str | None = None) -> RunConfig:
     """Read a recipe; with `phase`, apply that phase's overrides and give it its own run folder.
 
+    A recipe may start from another one: `extends: other.yaml`, beside it.
     Raises ConfigError (file, full key, cure) for anything that is not a valid configuration.
     """
-    path = Path(recipe)
-    if not path.is_file():
-        raise ConfigError(f"recipe {recipe} does not exist; recipes are in infra/recipes/")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {recipe} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"recipe {recipe} must be a mapping of sections")
-    tree.setdefault("run_dir", f"runs/{path.stem}")
+    tree = _read_recipe(recipe)
+    tree.setdefault("run_dir", f"runs/{Path(recipe).stem}")
     try:
         return config_from_tree(tree, overrides, phase)
     except ConfigError as error:
         raise ConfigError(f"{recipe}: {error}") from error
+
+
+def _read_recipe(recipe: str, depth: int = 0) -> dict[str, Any]:
+    if not storage.exists(recipe):
+        raise ConfigError(f"recipe {recipe} does not exist; recipes are in infra/recipes/")
+    try:
+        tree = yaml.safe_load(storage.read_bytes(recipe).decode("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {recipe} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {recipe} must be a mapping of sections")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if depth == MOST_EXTENDED:
+        raise ConfigError(f"recipe {recipe}: `extends` goes round in a circle")
+    folder = recipe.rpartition("/")[0] or "."
+    merged: dict[str, Any] = _merge(_read_recipe(f"{folder}/{base}", depth + 1), tree)
+    return merged
 
 
 def config_from_tree(

@@ -85,6 +85,16 @@ def test_the_resolved_configuration_reads_back_as_the_same(tmp_path: Path) -> No
     assert from_tree(RunConfig, as_tree(config)) == config
 
 
+def test_a_recipe_may_extend_another_and_name_only_what_differs(tmp_path: Path) -> None:
+    write(tmp_path, train={"steps": 10, "global_batch": 4})
+    (tmp_path / "longer.yaml").write_text("extends: recipe.yaml\ntrain: {steps: 99}\n")
+    train = load_config(str(tmp_path / "longer.yaml"), []).train
+    assert (train.steps, train.global_batch) == (99, 4)
+    (tmp_path / "round.yaml").write_text("extends: round.yaml\n")
+    with pytest.raises(ConfigError, match="circle"):
+        load_config(str(tmp_path / "round.yaml"), [])
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_in_every_phase(recipe: Path) -> None:
     config = load_config(str(recipe), [])

@@ -1,5 +1,6 @@
 """DeepSpeed around the model: one optimiser step, and the derived ZeRO configuration."""
 
+import math
 import os
 from typing import Any
 
@@ -10,11 +11,8 @@ from glipv2.model.batch import Batch, Collectives
 from glipv2.model.config import LossWeights
 from glipv2.pipeline import dist
 from glipv2.pipeline.config import TrainConfig
+from glipv2.pipeline.errors import NonFiniteLossError
 from glipv2.pipeline.optim import build_optimizer, schedule_factor, set_learning_rate
-
-
-class NonFiniteLossError(Exception):
-    """A loss became NaN or infinite; raised on every rank before any weight is changed."""
 
 
 def init_distributed() -> None:
@@ -88,14 +86,18 @@ def train_step(
     total = torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
     values = dist.mean_over_ranks(torch.stack([total, *losses.values()]).float()).tolist()
     named = dict(zip(("loss", *losses), values, strict=True))
-    check_finite(named, step)
+    check_finite(named, step, batch)
     engine.backward(total)
     engine.step()
     return {"lr": train.learning_rate * factor, **named}
 
 
-def check_finite(losses: dict[str, float], step: int) -> None:
+def check_finite(losses: dict[str, float], step: int, batch: Batch) -> None:
     """All ranks see the same averages, so all raise or none does."""
     for name, value in losses.items():
-        if not torch.isfinite(torch.tensor(value)):
-            raise NonFiniteLossError(f"step {step}: loss {name!r} is {value} on at least one rank")
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"step {step}: loss {name!r} is {value} on at least one rank; this rank's samples "
+                f"were {', '.join(batch.keys)}. Weights are unchanged. Look at those samples, or "
+                "lower train.learning_rate"
+            )

@@ -1,4 +1,4 @@
-"""The three ways in which something can be wrong that is not a bug of ours."""
+"""The ways in which something can be wrong that is not a bug of ours."""
 
 
 class UserError(Exception):
@@ -14,6 +14,14 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A file or shard set is missing, altered or not what it claims to be."""
+
+
+class NonFiniteLossError(UserError):
+    """A loss became NaN or infinite; raised on every rank before any weight is changed."""
+
+
+class PoisonItemError(UserError):
+    """Items that killed their worker every time; all others are done."""
 
 
 class BadSample(Exception):

@@ -11,6 +11,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from glipv2.pipeline.errors import PoisonItemError
+
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
@@ -19,10 +21,6 @@ MakeWorker = Callable[[], Callable[[Item], Result]]
 
 MAX_KILLS = 2
 """An item whose actor died this often is taken for the cause and given up."""
-
-
-class PoisonItemError(Exception):
-    """Items that killed their actor every time; all others are done."""
 
 
 def start_ray(num_cpus: int) -> None:
@@ -103,7 +101,10 @@ def map_on_ray(
             ray.kill(actor)
     poison = [str(items[number]) for number, count in kills.items() if count >= MAX_KILLS]
     if poison:
-        raise PoisonItemError(f"workers died {MAX_KILLS} times on: {', '.join(poison)}")
+        raise PoisonItemError(
+            f"workers died {MAX_KILLS} times on: {', '.join(poison)}; all other items are done. "
+            "If memory ran out, use fewer actors or smaller batches; else look at these items"
+        )
 
 
 def _actor_class(gpus_per_actor: float) -> Any:

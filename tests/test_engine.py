@@ -4,12 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from glipv2.model.batch import Batch
 from glipv2.model.config import LossWeights
 from glipv2.pipeline.config import TrainConfig
-from glipv2.pipeline.engine import NonFiniteLossError, check_finite, zero_config
+from glipv2.pipeline.engine import check_finite, zero_config
+from glipv2.pipeline.errors import NonFiniteLossError
 from glipv2.pipeline.optim import schedule_factor
 
 WORKER = Path(__file__).parent / "workers" / "engine_worker.py"
@@ -38,10 +42,11 @@ def test_a_state_saved_by_two_zero2_ranks_resumes_bit_for_bit_and_fits_any_stage
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name() -> None:
-    check_finite({"box": 1.0}, 3)
+    batch = cast(Batch, SimpleNamespace(keys=["gold/a", "gold/b"]))
+    check_finite({"box": 1.0}, 3, batch)
     for bad in (float("nan"), float("inf")):
-        with pytest.raises(NonFiniteLossError, match="step 3: loss 'box'"):
-            check_finite({"loss": 1.0, "box": bad}, 3)
+        with pytest.raises(NonFiniteLossError, match="step 3: loss 'box'.*gold/b"):
+            check_finite({"loss": 1.0, "box": bad}, 3, batch)
 
 
 def test_the_deepspeed_configuration_says_off_where_a_missing_key_would_mean_on() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from glipv2.pipeline.errors import DataError
-from glipv2.pipeline.ray_map import PoisonItemError, map_in_process, map_on_ray
+from glipv2.pipeline.errors import DataError, PoisonItemError
+from glipv2.pipeline.ray_map import map_in_process, map_on_ray
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -140,7 +140,8 @@ def _galleries(run_dir: str, config: dict[str, Any]) -> list[Gallery]:
     names = list((config.get("label", {}).get("inputs") or {}).values())
     if not names:
         names = [name for name in storage.list_names(data) if name.endswith("_labelled")]
-    found = (gallery(_set_url(run_dir, config, name)) for name in names)
+    judged = config.get("eval", {}).get("label_truth") or {}
+    found = (gallery(_set_url(run_dir, config, name), name in judged) for name in names)
     return [shown for shown in found if shown]
 
 

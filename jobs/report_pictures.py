@@ -95,8 +95,11 @@ class Examples:
     """Why there is nothing to show."""
 
 
-def gallery(url: str, count: int = GALLERY) -> Gallery | None:
-    """A seeded sample of a labelled set, images with boxes first; None if the set isn't there."""
+def gallery(url: str, judged: bool, count: int = GALLERY) -> Gallery | None:
+    """A seeded sample of a labelled set, images with boxes first; None if the set isn't there.
+
+    `judged`: the set's truth is known, so its quality stands in the table above.
+    """
     if not _is_set(url):
         return None
     total = open_shard_set(url).samples
@@ -112,9 +115,10 @@ def gallery(url: str, count: int = GALLERY) -> Gallery | None:
             pile.remove(max(pile, key=lambda item: item[0]))
     chosen = [r for pile in (kept[True], kept[False]) for _, r in sorted(pile, key=_place)][:count]
     cards = tuple(record_card(record, brief=True) for record in chosen)
+    warning = "" if judged else " No truth is known for these: judge for yourself."
     return Gallery(
         name=url.rstrip("/").rsplit("/", 1)[-1],
-        note=f"{boxes:,} boxes kept on {with_boxes:,} of {total:,} images.",
+        note=f"{boxes:,} boxes kept on {with_boxes:,} of {total:,} images.{warning}",
         ratio=frame_ratio([card.picture for card in cards]),
         cards=cards,
     )

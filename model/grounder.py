@@ -10,7 +10,7 @@ from torch import Tensor
 from glipv2.model.batch import Detection
 from glipv2.model.glip import GLIPv2
 from glipv2.model.images import pad_images, resize, resized_size
-from glipv2.model.postprocess import MAX_DETECTIONS, detections
+from glipv2.model.postprocess import MAX_DETECTIONS, MIN_PROBABILITY, detections
 from glipv2.model.prompts import (
     Prompt,
     Spans,
@@ -51,7 +51,7 @@ class Grounder:
         images: Sequence[Tensor],
         prompts: Sequence[tuple[str, Sequence[Spans]]],
         batch_size: int = 8,
-        score_threshold: float = 0.05,
+        score_threshold: float = MIN_PROBABILITY,
     ) -> list[Detection]:
         """Find the phrases of one caption in each uint8 RGB (3, H, W) image.
 
@@ -74,7 +74,7 @@ class Grounder:
         categories: Sequence[str] | Sequence[Sequence[str]],
         max_categories_per_prompt: int | None = None,
         batch_size: int = 8,
-        score_threshold: float = 0.05,
+        score_threshold: float = MIN_PROBABILITY,
     ) -> list[Detection]:
         """Find categories, the same for all uint8 RGB (3, H, W) images or a list for each.
 

@@ -7,6 +7,7 @@ itself, so all that is needed is an actor pool with restarts, and a poison item 
 import logging
 import os
 import secrets
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -27,9 +28,9 @@ def start_ray(num_cpus: int) -> None:
     """Join the cluster that RAY_ADDRESS names, or start a private one on this machine."""
     existing = bool(os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not existing:
+    if not existing and "ray" not in sys.modules:
         # a private cluster needs a private token, not one that Ray writes into the home folder;
-        # Ray reads these at import
+        # Ray reads these at import only
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray

@@ -8,10 +8,12 @@ from glipv2.model.glip import build_model
 from glipv2.model.tokenizer import Tokenizer, tiny_vocab
 from glipv2.model.weights import model_files, model_from_files
 
+MAX_TOKENS = preset("tiny").text_encoder.max_tokens
+
 
 @pytest.fixture(scope="module")
 def files() -> dict[str, bytes]:
-    tokenizer = Tokenizer.from_vocab(tiny_vocab(), 160)
+    tokenizer = Tokenizer.from_vocab(tiny_vocab(), MAX_TOKENS)
     return model_files(build_model(preset("tiny"), seed=4), tokenizer)
 
 
@@ -23,7 +25,7 @@ def test_files_give_the_same_model_and_tokenizer_back(files: dict[str, bytes]) -
         model.state_dict().items(), original.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
-    assert tokenizer.vocabulary == tiny_vocab() and tokenizer.max_tokens == 160
+    assert tokenizer.vocabulary == tiny_vocab() and tokenizer.max_tokens == MAX_TOKENS
     assert model_files(model, tokenizer) == files
 
 

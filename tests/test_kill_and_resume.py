@@ -15,7 +15,7 @@ from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
 from glipv2.pipeline.config import PrepareConfig  # noqa: E402
 from glipv2.pipeline.runlog import read_losses  # noqa: E402
 
-STEPS = 9
+STEPS = 12
 SETS = {"toy_detection": 40, "toy_grounding": 40}
 
 
@@ -60,11 +60,12 @@ def test_a_killed_pretraining_ends_with_the_same_losses_and_weights_bit_for_bit(
     run = folder / "killed"
     command = ("pretrain", recipe, f"run_dir={run}")
     assert kill_when(step_logged(run, 1), *command) == -9  # the launcher, before a checkpoint
-    assert kill_when(step_logged(run, 4), *command, victim="pretrain") == 3  # a rank
-    assert committed_steps(str(run)) == [3]
+    assert kill_when(step_logged(run, 3), *command, victim="pretrain") == 3  # a rank
+    assert 3 in committed_steps(str(run))
+    assert STEPS not in committed_steps(str(run))
     finish(*command)
-    for name in ("losses.jsonl", "checkpoints/step-000009/model.safetensors",
-                 "checkpoints/step-000009/optimizer.safetensors"):  # fmt: skip
+    for name in ("losses.jsonl", "checkpoints/step-000012/model.safetensors",
+                 "checkpoints/step-000012/optimizer.safetensors"):  # fmt: skip
         assert (run / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
 
@@ -127,7 +128,7 @@ def test_a_killed_labelling_ends_with_the_same_shards_byte_for_byte(
     finish(*command("labelled-whole"))
     out = folder / "data" / "labelled-killed"
     again = command("labelled-killed")
-    assert kill_when(lambda: len(list(out.glob("commits/*"))) >= 2, *again) == -9
+    assert kill_when(lambda: len(list(out.glob("commits/*"))) >= 1, *again) == -9
     assert not (out / "dataset.json").exists()
     finish(*again)
     whole = folder / "data" / "labelled-whole"

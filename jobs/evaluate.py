@@ -8,6 +8,7 @@ the set, split into prompts of `eval.chunk_size`; "phrases" grounds the phrases 
 import argparse
 import dataclasses
 import json
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value, applied last")
     parser.add_argument("--phase", help="a phase of the recipe; its newest checkpoint is scored")
     parser.add_argument("--checkpoint", help="run folder or step folder to score instead")
+    parser.add_argument("--address", help="Ray cluster to run on, for example auto")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.address:
+        os.environ["RAY_ADDRESS"] = arguments.address
     config = load_config(arguments.recipe, arguments.overrides, arguments.phase)
     name = arguments.phase or "model"
     metrics = evaluate(config, {name: arguments.checkpoint or config.run_dir})[name]
@@ -78,7 +82,7 @@ def evaluate(
         _write(config, f"metrics-{name}.json", content)
     if curve_work:
         _write(config, "curves.json", {n: _curve(config, w, found) for n, w in curve_work.items()})
-    return {name: known[name] or scored[name] for name in models}
+    return {name: scored[name] if name in scored else known[name] or {} for name in models}
 
 
 def _curve_plan(config: RunConfig, runs: dict[str, str]) -> dict[str, list[Work]]:
@@ -126,7 +130,12 @@ def predict(config: RunConfig, work: list[Work]) -> Found:
 
     make = partial(Predictor, config)
     found: Found = defaultdict(dict)
-    done = map_on_ray(make, work, num_actors=config.eval.num_actors)
+    done = map_on_ray(
+        make,
+        work,
+        num_actors=config.eval.num_actors,
+        gpus_per_actor=config.eval.gpus_per_actor,
+    )
     for item, detections in progress(done, len(work), "evaluate"):
         found[item.model, item.protocol].update(detections)
     return found
@@ -184,7 +193,10 @@ def _detect(
         prompts = [(r.caption, [p.spans for p in phrases_of(r)]) for r in records]
         return grounder.ground(images, prompts, batch_size=settings.batch_size)
     if protocol == "caption":
-        shown = [sorted({categories[g.category or 0] for g in r.regions}) for r in records]
+        shown = [
+            sorted({categories[g.category] for g in r.regions if g.category is not None})
+            for r in records
+        ]
         return grounder.detect(images, shown, batch_size=settings.batch_size)
     return grounder.detect(
         images,

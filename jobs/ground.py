@@ -16,7 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", help='phrases ended by full stops: "a red square. a blue circle."')
     text.add_argument("--categories", help="comma-separated names: dog,red car")
-    parser.add_argument("--threshold", type=float, default=0.4, help="lowest score shown")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="lowest score shown, 0 to 1 (default 0.5); a phrase for something absent scores low",
+    )
     parser.add_argument("--out", default="ground", help="writes OUT.json and OUT.png")
 
 
@@ -28,9 +33,12 @@ def run(arguments: argparse.Namespace) -> int:
         categories=arguments.categories,
         threshold=arguments.threshold,
     )
-    out = Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = arguments.out.removesuffix(".json").removesuffix(".png")
     json_path, picture_path = Path(f"{out}.json"), Path(f"{out}.png")
+    try:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {arguments.out}: {error}") from error
     json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(arguments.image, result["regions"], picture_path)
     for region in result["regions"]:
@@ -55,14 +63,15 @@ def ground(
 
     path = Path(image)
     if not path.is_file():
-        raise DataError(f"{image} does not exist")
+        raise DataError(f"{image} is a folder, not an image" if path.is_dir()
+                        else f"{image} does not exist")  # fmt: skip
     try:
         pixels = decode_image(path.read_bytes())
     except BadSample as error:
         raise DataError(f"{image}: {error}") from error
     grounder = Grounder(*load_model(checkpoint))
     if categories is not None:
-        names = [name.strip() for name in categories.split(",") if name.strip()]
+        names = list(dict.fromkeys(n.strip() for n in categories.split(",") if n.strip()))
         if not names:
             raise ConfigError("--categories names no category; give for example dog,red car")
         detection = grounder.detect([pixels], names)[0]
@@ -91,10 +100,14 @@ def draw(image: str, regions: list[dict[str, Any]], out: Path) -> None:
     picture = picture.resize((picture.width * factor, picture.height * factor))
     canvas = ImageDraw.Draw(picture)
     colours: dict[str, str] = {}
-    for region in reversed(regions):  # the best is drawn last, on top
-        colour = colours.setdefault(region["phrase"], COLOURS[len(colours) % len(COLOURS)])
-        x0, y0, x1, y1 = (value * factor for value in region["box"])
-        canvas.rectangle((x0, y0, x1, y1), outline=colour, width=3)
+    for region in regions:
+        colours.setdefault(region["phrase"], COLOURS[len(colours) % len(COLOURS)])
+    for region in reversed(regions):  # the best is drawn last, on top; labels after all boxes
+        box = tuple(value * factor for value in region["box"])
+        canvas.rectangle(box, outline=colours[region["phrase"]], width=3)
+    for region in reversed(regions):
+        colour = colours[region["phrase"]]
+        x0, y0 = region["box"][0] * factor, region["box"][1] * factor
         label = f"{region['phrase']} {region['score']:.2f}"
         area = canvas.textbbox((x0 + 4, max(0, y0 - 14)), label)
         canvas.rectangle((area[0] - 3, area[1] - 2, area[2] + 3, area[3] + 2), fill=colour)

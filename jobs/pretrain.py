@@ -7,14 +7,22 @@ import os
 import time
 from typing import Any
 
+import yaml
+
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import RunConfig
-from glipv2.pipeline.config_loader import dump_config, load_config
+from glipv2.pipeline.config_loader import as_tree, dump_config, load_config
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.launch import exclusive, launch_ranks, under_launcher
 
 log = logging.getLogger(__name__)
 
+CONFIG = "config.yaml"
+MAY_CHANGE = {
+    "data.root", "data.workers", "data.max_bad_share", "train.steps", "train.processes",
+    "train.threads", "train.zero_stage", "train.checkpoint_every", "train.keep_checkpoints",
+}  # fmt: skip
+"""Settings that a run may be resumed with in another value."""
 Saved = tuple[str, dict[str, bytes]]
 """URL and files of a checkpoint."""
 
@@ -41,7 +49,8 @@ def pretrain(config: RunConfig) -> str:
     """
     check_mixture(config)
     with exclusive(config.run_dir):
-        resolved = storage.join(config.run_dir, "config.yaml")
+        check_same_run(config)
+        resolved = storage.join(config.run_dir, CONFIG)
         storage.write_bytes(resolved, dump_config(config).encode())
         if not is_finished(config):
             arguments = ["pretrain", resolved]
@@ -52,17 +61,57 @@ def pretrain(config: RunConfig) -> str:
 def is_finished(config: RunConfig) -> bool:
     from glipv2.pipeline.checkpoint import committed_steps
 
-    return config.train.steps in committed_steps(config.run_dir)
+    return committed_steps(config.run_dir)[-1:] == [config.train.steps]
+
+
+def check_same_run(config: RunConfig) -> None:
+    """Refuse to go on with a run under settings that would have made it another run."""
+    from glipv2.pipeline.checkpoint import committed_steps
+
+    steps = committed_steps(config.run_dir)
+    url = storage.join(config.run_dir, CONFIG)
+    if not steps or not storage.exists(url):
+        return
+    if steps[-1] > config.train.steps:
+        raise ConfigError(
+            f"{config.run_dir} is at step {steps[-1]} already, beyond train.steps="
+            f"{config.train.steps}; raise it, or choose another run_dir"
+        )
+    old, new = _decisive(yaml.safe_load(storage.read_bytes(url))), _decisive(as_tree(config))
+    changed = [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{config.run_dir} was begun with other settings:\n  " + "\n  ".join(changed) +
+            "\ngive those again to go on with it, or choose another run_dir"
+        )  # fmt: skip
+
+
+def _decisive(tree: dict[str, Any]) -> dict[str, Any]:
+    """`section.key` -> value of what decides the weights; speed and length may change."""
+    flat = {"seed": tree["seed"]}
+    for section in ("model", "losses", "data", "train"):
+        flat |= {f"{section}.{key}": value for key, value in tree[section].items()}
+    return {key: value for key, value in flat.items() if key not in MAY_CHANGE}
 
 
 def check_mixture(config: RunConfig) -> None:
     """Everything that can be refused before a process is started is refused here."""
     if not config.data.mixture:
-        raise ConfigError("data.mixture is empty: name at least one shard set and its share")
+        raise ConfigError(
+            "data.mixture is empty: name at least one shard set and its share, or choose a phase "
+            "of the recipe with --phase"
+        )
+    from glipv2.pipeline.checkpoint import resolve_checkpoint
     from glipv2.pipeline.loader import lane_count
     from glipv2.pipeline.shard_reader import check_shard_sizes, open_shard_set
 
     lane_count(config.data, config.train.global_batch, config.train.processes)
+    if config.train.init:
+        resolve_checkpoint(config.run_url(config.train.init))
     for name in config.data.mixture:
         check_shard_sizes(open_shard_set(config.set_url(name)))
 
@@ -88,7 +137,7 @@ def train(config: RunConfig) -> None:
     run = Recorder(config, tokenizer, first_step)
     collectives = dist.collectives()
     for step, (batch, consumed) in enumerate(loader.batches(position), start=first_step):
-        if step == config.train.steps:
+        if step >= config.train.steps:
             break
         waited = time.monotonic()
         torch.manual_seed(config.seed * 1_000_003 + step * 1009 + dist.rank())  # dropout only
@@ -172,6 +221,8 @@ class Recorder:
             name = os.path.basename(config.run_dir.rstrip("/"))
             self.bar = bar(config.train.steps, f"pretrain {name}", "step", first_step)
             self.losses = LossLog(config.run_dir, first_step)
+            resolved = storage.join(config.run_dir, CONFIG)  # torchrun starts ranks directly
+            storage.write_bytes(resolved, dump_config(config).encode())
 
     def step(self, step: int, values: dict[str, float], seconds: float) -> None:
         if not self.main:

@@ -53,10 +53,12 @@ def main_job(config: RunConfig, phases: dict[str, RunConfig]) -> dict[str, Any]:
     from glipv2.jobs.evaluate import RANDOM, evaluate
     from glipv2.jobs.label import label
     from glipv2.jobs.prepare import prepare_set
-    from glipv2.jobs.pretrain import pretrain
+    from glipv2.jobs.pretrain import CONFIG, check_same_run, pretrain
     from glipv2.jobs.report import write_report
 
-    storage.write_bytes(storage.join(config.run_dir, "config.yaml"), dump_config(config).encode())
+    for phase_config in phases.values():
+        check_same_run(phase_config)
+    storage.write_bytes(storage.join(config.run_dir, CONFIG), dump_config(config).encode())
     with stage(config, "prepare"):
         for name, options in config.prepare.items():
             prepare_set(config.set_url(name), options)
@@ -153,14 +155,14 @@ def _write_json(config: RunConfig, name: str, content: Any) -> None:
 
 def summary_table(summary: dict[str, Any]) -> str:
     """The figures of summary.json for a terminal of 80 columns."""
-    phases = [n for n, v in summary.items() if isinstance(v, dict) and "recall_at_1" in v]
+    phases = [n for n, v in summary.items() if isinstance(v, dict) and SUMMARY_METRICS.keys() & v]
     lines = [f"{'':26s}" + "".join(f"{phase:>10s}" for phase in phases)]
     for key in SUMMARY_METRICS:
-        if key in summary["teacher"]:
+        if key in summary[phases[0]]:
             values = "".join(f"{summary[phase][key]:10.3f}" for phase in phases)
             lines.append(f"{key:26s}{values}")
     labels = summary["labels"]
-    if labels:
+    if "precision_at_50" in labels:
         lines.append(
             f"pseudo labels: precision {labels['precision_at_50']:.3f}, recall "
             f"{labels['recall_at_50']:.3f}, {labels['kept']} boxes kept on {labels['pairs']} pairs"

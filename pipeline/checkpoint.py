@@ -53,18 +53,21 @@ def read_checkpoint(url: str, names: tuple[str, ...] | None = None) -> dict[str,
     if not storage.exists(commit_url):
         raise DataError(f"{url} is not a committed checkpoint: it has no {COMMIT}")
     try:
-        listed = json.loads(storage.read_bytes(commit_url))["files"]
-    except (ValueError, KeyError, TypeError) as error:
+        listed = {
+            name: (int(entry["bytes"]), str(entry["crc32c"]))
+            for name, entry in json.loads(storage.read_bytes(commit_url))["files"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{commit_url} is damaged: {error}; use another step") from error
     files = {}
     for name in names or tuple(listed):
         if name not in listed:
             raise DataError(f"checkpoint {url} has no {name}")
         data = storage.read_bytes(storage.join(url, name))
-        if len(data) != listed[name]["bytes"] or storage.crc32c(data) != listed[name]["crc32c"]:
+        if (len(data), storage.crc32c(data)) != listed[name]:
             raise DataError(
                 f"{storage.join(url, name)} differs from its commit record (expected "
-                f"{listed[name]['bytes']} bytes, crc {listed[name]['crc32c']}); use another step"
+                f"{listed[name][0]} bytes, crc {listed[name][1]}); use another step"
             )
         files[name] = data
     return files

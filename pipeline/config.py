@@ -37,7 +37,10 @@ class PrepareConfig:
     root: str = ""
     """pairs: folder with images and pairs.jsonl, .csv, .tsv or one .txt per image."""
     list: str = ""
-    """voc: text file with one image name per line; null takes every image."""
+    """voc: text file with one image name per line; empty takes every image."""
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", "0 or more", self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +151,12 @@ class LabelConfig:
     gpus_per_actor: float = 0.0
     batch_size: int = 8
 
+    def __post_init__(self) -> None:
+        for key in ("max_boxes", "num_actors", "batch_size"):
+            _require(getattr(self, key) > 0, f"label.{key}", "positive", getattr(self, key))
+        _require(0 < self.target_precision <= 1, "label.target_precision", "in (0, 1]",
+                 self.target_precision)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -164,7 +173,12 @@ class EvalConfig:
     curve_images: int = 64
     """Images of `detection` that earlier checkpoints are scored on, for the curve over steps."""
     num_actors: int = 2
+    gpus_per_actor: float = 0.0
     batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for key in ("chunk_size", "curve_images", "num_actors", "batch_size"):
+            _require(getattr(self, key) > 0, f"eval.{key}", "positive", getattr(self, key))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +196,9 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Named sets of overrides, such as teacher and student; a phase writes to RUN_DIR/PHASE."""
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", "0 or more", self.seed)
 
     @property
     def data_root(self) -> str:

@@ -61,7 +61,13 @@ def config_from_tree(
         return config
     # again, because overrides win over the phase; those of the whole run have done their work
     own = [text for text in overrides if not text.startswith(("run_dir=", "phases."))]
-    return _apply_overrides(_apply_phase(config, phase), own)
+    phased = _apply_overrides(_apply_phase(config, phase), own)
+    init, teacher = phased.train.init, phased.label.teacher  # names of the whole run's phases
+    return dataclasses.replace(
+        phased,
+        train=dataclasses.replace(phased.train, init=init and config.run_url(init)),
+        label=dataclasses.replace(phased.label, teacher=teacher and config.run_url(teacher)),
+    )
 
 
 def _apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
@@ -75,12 +81,10 @@ def _apply_phase(config: RunConfig, phase: str) -> RunConfig:
         known = ", ".join(config.phases) or "none"
         raise ConfigError(f"phase {phase!r} is not in the recipe; its phases are: {known}")
     applied: RunConfig = _build(RunConfig, config.phases[phase], config, f"phases.{phase}.")
-    init = applied.train.init
     return dataclasses.replace(
         applied,
         run_dir=config.run_url(phase),
         data=dataclasses.replace(applied.data, root=config.data_root),
-        train=dataclasses.replace(applied.train, init=init and config.run_url(init)),
         phases={},
     )
 
@@ -134,7 +138,7 @@ def _build(cls: type, tree: Any, base: Any, path: str) -> Any:
     if cls is ModelConfig and "preset" in tree:
         try:
             base = preset(tree["preset"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise ConfigError(f"{path}preset: {tree['preset']!r} is not a preset") from error
     values = {}
     for field in dataclasses.fields(cls):

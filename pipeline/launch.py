@@ -24,6 +24,7 @@ def launch_ranks(arguments: list[str], processes: int, threads: int) -> None:
 
     Raises UserError when a rank ended with exit code 2 (it has printed why), else RankFailedError.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -42,6 +43,10 @@ def launch_ranks(arguments: list[str], processes: int, threads: int) -> None:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "glipv2.jobs.cli", *arguments)
+    except SignalException as signal:
+        raise RankFailedError(
+            f"stopped by signal {signal.sigval.name}; run the same command again to go on"
+        ) from None
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         if 2 in codes:

@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from glipv2.pipeline.errors import PoisonItemError
+from glipv2.pipeline.errors import ConfigError, PoisonItemError
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def start_ray(num_cpus: int) -> None:
     if ray.is_initialized():
         return
     own: dict[str, Any] = {
-        "num_cpus": num_cpus,
+        "num_cpus": max(num_cpus, os.cpu_count() or 1),
         "object_store_memory": 200 << 20,
         "include_dashboard": False,
     }
@@ -73,6 +73,7 @@ def map_on_ray(
     import ray
 
     actor_class = _actor_class(gpus_per_actor)
+    num_actors = min(num_actors, _room(gpus_per_actor))
     waiting = deque(range(len(items)))
     kills: Counter[int] = Counter()
     idle = [actor_class.remote(make_worker) for _ in range(min(num_actors, len(items)))]
@@ -106,6 +107,21 @@ def map_on_ray(
             f"workers died {MAX_KILLS} times on: {', '.join(poison)}; all other items are done. "
             "If memory ran out, use fewer actors or smaller batches; else look at these items"
         )
+
+
+def _room(gpus_per_actor: float) -> int:
+    """How many actors the cluster can hold: one that never starts would keep its item for ever."""
+    import ray
+
+    resources = ray.cluster_resources()
+    room = int(resources.get("CPU", 1))
+    if gpus_per_actor:
+        room = min(room, int(resources.get("GPU", 0) / gpus_per_actor))
+    if room < 1:
+        raise ConfigError(
+            f"the Ray cluster has no room for an actor with {gpus_per_actor} GPUs: {resources}"
+        )
+    return room
 
 
 def _actor_class(gpus_per_actor: float) -> Any:

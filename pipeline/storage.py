@@ -248,7 +248,7 @@ def _explained(url: str) -> Iterator[None]:
         raise MissingFileError(f"{url} doesn't exist") from error
     except PermissionError as error:
         raise DataError(f"{url}: permission denied ({error})") from error
-    except (IsADirectoryError, NotADirectoryError) as error:
+    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
         raise DataError(f"{url}: a folder where a file is expected, or the reverse") from error
     except ImportError as error:
         raise ConfigError(f"{url}: this kind of storage needs another package: {error}") from error

@@ -163,3 +163,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def test_a_run_is_not_resumed_as_another_run(recipe: Path, undisturbed: Path) -> None:
+    said = finish("pretrain", recipe, "seed=4", "train.learning_rate=0.5", code=2)
+    assert "seed: 3 there, 4 now" in said
+    assert "train.learning_rate" in said
+    assert "is at step 12 already" in finish("pretrain", recipe, "train.steps=6", code=2)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import ROOT, SMOKE, finish  # noqa: E402
+from commands import SMOKE, finish  # noqa: E402
 from page_parser import assert_self_contained, shown  # noqa: E402
+
+from glipv2.data_prep.toy import toy_record  # noqa: E402
 
 METRICS = {
     "caption_seen_ap50", "caption_unseen_ap50", "chunked_seen_ap50", "chunked_unseen_ap50",
@@ -55,10 +57,11 @@ def test_run_again_it_reuses_everything(run: Path, summary: dict[str, dict[str, 
 
 
 def test_any_checkpoint_grounds_a_picture(run: Path, tmp_path: Path) -> None:
-    picture = next((ROOT / "infra/samples/web_pairs").rglob("*.jpg"))
+    picture = tmp_path / "toy.jpg"
+    picture.write_bytes(toy_record("toy_val", 0, seed=1, size=64).image)
     # the hardly trained step 4 may find nothing above GLIP's least probability of 0.05
-    at_least = {"student": 1, "step-000004": 0}
-    for checkpoint in (run / "student", run / "teacher" / "checkpoints" / "step-000004"):
+    at_least = {"teacher": 1, "step-000004": 0}
+    for checkpoint in (run / "teacher", run / "teacher" / "checkpoints" / "step-000004"):
         out = tmp_path / checkpoint.name
         finish(
             "ground", "--checkpoint", checkpoint, "--image", picture, "--threshold", 0,

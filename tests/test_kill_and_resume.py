@@ -32,12 +32,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(folder: Path) -> Path:
-    return smoke_recipe(
+    written = smoke_recipe(
         folder,
         run_dir=str(folder / "undisturbed"),
         data={"root": str(folder / "data"), "mixture": {"toy_detection": 1, "toy_grounding": 1}},
         train={"steps": STEPS, "checkpoint_every": 3},
     )
+    return written.rename(folder / "pretrain.yaml")  # other tests write recipes here as well
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from glipv2.data_prep.reasons import Dropped
 from glipv2.data_prep.text_cleaning import clean_text
 from glipv2.pipeline.errors import BadSample, DataError
 from glipv2.pipeline.records import Record, Region
+from glipv2.pipeline.region_masks import uncompress_runs
 
 MAX_COORDINATE = 1e5
 """Pixels: polygons that reach further are broken."""
@@ -157,33 +158,13 @@ def run_lengths(segmentation: Any, width: int, height: int) -> dict[str, Any] | 
     if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
         return None
     counts = segmentation.get("counts")
-    runs = _uncompress(counts) if isinstance(counts, str) else counts
+    runs = uncompress_runs(counts) if isinstance(counts, str) else counts
     if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
         return None
     if sum(runs) != width * height:
         return None
     plain = {"size": [height, width], "counts": runs}
     return _as_json(coco_mask.frPyObjects(plain, height, width))
-
-
-def _uncompress(text: str) -> list[int] | None:
-    """COCO's text form: 5 bits a character from 48 up, bit 5 says more follows, runs after the
-    second are differences to the run two before."""
-    runs: list[int] = []
-    value, shift = 0, 0
-    for letter in text:
-        bits = ord(letter) - 48
-        if not 0 <= bits < 64 or shift > 30:
-            return None
-        value |= (bits & 0x1F) << shift
-        shift += 5
-        if bits & 0x20:
-            continue
-        if bits & 0x10:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value, shift = 0, 0
-    return None if shift else runs
 
 
 def _as_json(encoded: dict[str, Any]) -> dict[str, Any]:

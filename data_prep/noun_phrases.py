@@ -6,11 +6,14 @@ chunked by rule: adjectives and nouns without article or number. Phrases that na
 ("the left side", "night", "a photo") are dropped. See facts D.4 and F for GLIP's own practice.
 """
 
+import importlib.metadata
 import re
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+RULES = 1
+"""Raise it when a caption may give other phrases than before: labels made so far are then stale."""
 MAX_WORDS = 6
 """A longer run of nouns keeps its last words, where the head is."""
 MAX_WORD_LENGTH = 30
@@ -94,6 +97,11 @@ class _Word(NamedTuple):
 
 
 _END = _Word(".", 0, 0, ".")
+
+
+def parser_version() -> str:
+    """Name and version of all that decides which phrases a caption has: our rules, the tagger."""
+    return f"glipv2 rules {RULES}, textblob {importlib.metadata.version('textblob')}"
 
 
 def noun_phrases(caption: str) -> list[Phrase]:

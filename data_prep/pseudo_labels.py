@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from torchvision.ops import nms
 
 from glipv2.data_prep.noun_phrases import Phrase
 from glipv2.model.batch import Detection
+from glipv2.model.boxes import suppress
 from glipv2.pipeline.records import Region
 
 
@@ -28,7 +28,7 @@ def select_regions(
     kept = torch.nonzero(finite & (detection.scores_K >= score_threshold)).flatten()
     boxes_K4, scores_K = detection.boxes_K4[kept].float(), detection.scores_K[kept].float()
     best_first = (
-        nms(boxes_K4, scores_K, cross_phrase_nms)
+        suppress(boxes_K4, scores_K, torch.zeros_like(kept), cross_phrase_nms)
         if cross_phrase_nms < 1
         else torch.argsort(scores_K, descending=True, stable=True)
     )

@@ -1,10 +1,11 @@
 """glipv2 COMMAND ...: one subcommand per file of this folder.
 
-Exit codes: 0 done; 1 a check failed; 2 a mistake in input or configuration, explained; 3 stopped
-but can be run again with the same command; 130 interrupted.
+Exit codes: 0 done; 1 a check failed or the disk is full; 2 a mistake in input or configuration,
+explained; 3 stopped but can be run again with the same command; 130 interrupted.
 """
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -20,6 +21,7 @@ COMMANDS = {
     "run": "the main job: prepare, teacher, label, student and control, evaluate, report",
     "report": "one static page of a finished main job",
     "ground": "boxes for one image and a text",
+    "convert": "weights of GLIP, timm and transformers -> a model folder, and back to GLIP",
     "doctor": "versions, devices, what is missing and how to mend it",
 }
 EXAMPLES = {
@@ -27,6 +29,7 @@ EXAMPLES = {
   glipv2 prepare coco --annotations instances.json --images images/ --out data/mine
   glipv2 prepare voc --annotations Annotations/ --images JPEGImages/ --out data/mine
   glipv2 prepare pairs --root scraped/ --out s3://bucket/pairs
+  glipv2 prepare recipe infra/recipes/quickstart.yaml
 Cut off, the same command goes on; what was dropped and why ends up in OUT/dataset.json.""",
     "view": """
   glipv2 view data/mine --out mine.html --count 24
@@ -41,8 +44,10 @@ A run goes on from its newest committed checkpoint, on any number of ranks.""",
   glipv2 label my.yaml label.teacher=runs/mine label.num_actors=16 --address auto
 Shards that are committed are never redone; other settings need another output set.""",
     "evaluate": """
+  glipv2 evaluate infra/recipes/quickstart.yaml
   glipv2 evaluate infra/recipes/quickstart.yaml --phase student
-  glipv2 evaluate my.yaml --checkpoint runs/mine/checkpoints/step-001000""",
+  glipv2 evaluate my.yaml --checkpoint runs/mine/checkpoints/step-001000
+Without --checkpoint the figures go into RUN/summary.json, for glipv2 report.""",
     "run": """
   glipv2 run infra/recipes/quickstart.yaml
   glipv2 run infra/recipes/quickstart.yaml run_dir=runs/seed-2 seed=2""",
@@ -52,10 +57,18 @@ Shards that are committed are never redone; other settings need another output s
   glipv2 ground --checkpoint runs/quickstart/student --image photo.jpg \\
       --text "a red square. a blue circle."
   glipv2 ground --checkpoint runs/quickstart/student --image cells.jpg --categories RBC,WBC""",
+    "convert": """
+  glipv2 convert --from glip glip_tiny_model_o365_goldg.pth --vocab vocab.txt --out models/glip-t
+  glipv2 convert --from timm-swin swin_tiny.safetensors --from bert bert-base-uncased/ \\
+      --preset T --out models/start
+  glipv2 convert --to glip models/glip-t --out glip.pth
+The folder can be a teacher, be evaluated, or start a training (train.init). A tensor that is
+missing, unexpected or of another shape is an error that lists it.""",
     "doctor": """
   glipv2 doctor""",
 }
 CAN_BE_RUN_AGAIN = 3
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,6 +132,14 @@ def _guarded(parsed: argparse.Namespace) -> int:
     except RankFailedError as error:
         print(f"glipv2 {parsed.command}: {error}", file=sys.stderr)  # noqa: T201
         return CAN_BE_RUN_AGAIN
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(  # noqa: T201
+            f"glipv2 {parsed.command}: {error}; make room, then the same command goes on from here",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
         return 130

@@ -6,17 +6,16 @@ the set, split into prompts of `eval.chunk_size`; "phrases" grounds the phrases 
 """
 
 import argparse
-import dataclasses
-import json
-import os
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage, use_cluster
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import EvalConfig, RunConfig
-from glipv2.pipeline.config_loader import as_tree, load_config
+from glipv2.pipeline.config_loader import as_tree
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.records import Record
 
@@ -25,25 +24,41 @@ Found = dict[tuple[str, str], dict[str, Any]]
 
 RANDOM = "random"
 """Instead of a checkpoint: the recipe's model with random weights, the floor of every table."""
+SPLIT = re.compile(r"[_-](train|val|minival|test|dev|heldout)$")
+"""The end of a set's name that says which part of the data it is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="YAML file, see infra/recipes/")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, applied last")
-    parser.add_argument("--phase", help="a phase of the recipe; its newest checkpoint is scored")
+    which = "only this phase of the recipe; without it all phases, and random weights"
+    add_recipe_arguments(parser, phase=which, cluster=True)
     parser.add_argument("--checkpoint", help="run folder or step folder to score instead")
-    parser.add_argument("--address", help="Ray cluster to run on, for example auto")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.address:
-        os.environ["RAY_ADDRESS"] = arguments.address
-    config = load_config(arguments.recipe, arguments.overrides, arguments.phase)
-    name = arguments.phase or "model"
-    metrics = evaluate(config, {name: arguments.checkpoint or config.run_dir})[name]
-    for key, value in metrics.items():
-        print(f"{key:32s} {value:.4f}")  # noqa: T201 - the answer of the command
+    from glipv2.jobs.summary import summarise, summary_table
+
+    use_cluster(arguments.address)
+    phase, checkpoint = arguments.phase, arguments.checkpoint
+    if phase and checkpoint:
+        raise ConfigError("--phase and --checkpoint name two things to score; give one of them")
+    config = recipe_config(arguments)
+    if config.phases and not phase and not checkpoint:
+        with stage(config.run_dir, "evaluate"):
+            evaluate(config, all_models(config))
+        print(summary_table(summarise(config)))  # noqa: T201 - the answer of the command
+        return 0
+    name = phase or "model"
+    url = checkpoint or recipe_config(arguments, phase).run_dir
+    for key, value in evaluate(config, {name: url})[name].items():
+        print(f"{key:32s} {value:.4f}")  # noqa: T201
+    if phase:
+        summarise(config)
     return 0
+
+
+def all_models(config: RunConfig) -> dict[str, str]:
+    """What the main job scores: every phase of the recipe, and random weights."""
+    return {**{phase: config.run_url(phase) for phase in config.phases}, RANDOM: RANDOM}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,60 +74,76 @@ class Work:
     """Only the first images of the shard."""
 
 
-def evaluate(
-    config: RunConfig, models: dict[str, str], curves: dict[str, str] | None = None
-) -> dict[str, dict[str, float]]:
+def evaluate(config: RunConfig, models: dict[str, str]) -> dict[str, dict[str, float]]:
     """Score checkpoints (name -> URL or RANDOM) with every protocol the recipe has data for.
 
-    `curves` names runs (name -> run folder) of which every kept checkpoint is scored on a few
-    images, for RUN/eval/curves.json. Writes RUN/eval/metrics-NAME.json and predictions-NAME.json.
-    What was scored before with the same data and settings is not scored again.
+    Of a run folder every kept checkpoint is also scored on a few images, for the curve over steps.
+    Writes RUN/eval/metrics-NAME.json and predictions-NAME.json. What was scored before with the
+    same checkpoints, data and settings is not scored again.
     """
     if not config.eval.detection and not config.eval.real_detection:
         raise ConfigError("nothing to evaluate: set eval.detection or eval.real_detection")
-    known = {name: _cached(config, name, _cache_key(config, url)) for name, url in models.items()}
-    todo = {name: url for name, url in models.items() if known[name] is None}
-    work = [item for name, url in todo.items() for item in _plan(config, name, url)]
-    curve_work = _curve_plan(config, curves or {})
-    found = predict(config, work + [item for items in curve_work.values() for item in items])
-    scored = {}
-    for name, url in todo.items():
-        scored[name] = _score(config, name, found)
-        content = {"key": _cache_key(config, url), "metrics": scored[name]}
-        _write(config, f"metrics-{name}.json", content)
-    if curve_work:
-        _write(config, "curves.json", {n: _curve(config, w, found) for n, w in curve_work.items()})
-    return {name: scored[name] if name in scored else known[name] or {} for name in models}
+    keys = {name: cache_key(config, url) for name, url in models.items()}
+    todo = {n: url for n, url in models.items() if scores(config, n)["key"] != keys[n]}
+    curves = {name: _curve_plan(config, name, url) for name, url in todo.items()}
+    work = [item for name, url in todo.items() for item in _plan(config, name, url) + curves[name]]
+    found = predict(config, work)
+    for name in todo:
+        content = {
+            "key": keys[name],
+            "metrics": _score(config, name, found),
+            "curve": _curve(config, curves[name], found),
+        }
+        storage.write_json(_eval_url(config, f"metrics-{name}.json"), content)
+    return {name: scores(config, name)["metrics"] for name in models}
 
 
-def _curve_plan(config: RunConfig, runs: dict[str, str]) -> dict[str, list[Work]]:
-    """Per run, one piece of work a kept checkpoint; nothing if the curves are there already."""
+def scores(config: RunConfig, name: str) -> dict[str, Any]:
+    """RUN/eval/metrics-NAME.json: the key of what was scored, its metrics and its curve, if any."""
+    url = _eval_url(config, f"metrics-{name}.json")
+    return storage.read_json(url) if storage.exists(url) else {"key": "", "metrics": {}}
+
+
+def _eval_url(config: RunConfig, name: str) -> str:
+    return storage.join(config.run_dir, "eval", name)
+
+
+def real_name(config: RunConfig) -> str:
+    """What the figures on `eval.real_detection` are called: `bccd` for `bccd_heldout`."""
+    return SPLIT.sub("", config.eval.real_detection.rstrip("/").rpartition("/")[2])
+
+
+def _curve_plan(config: RunConfig, name: str, checkpoint: str) -> list[Work]:
+    """One piece of work a kept checkpoint."""
+    if not config.eval.detection:
+        return []
+    return [
+        Work(
+            model=f"{name}-{step}",
+            checkpoint=url,
+            protocol="caption",
+            set_url=config.set_url(config.eval.detection),
+            shard=0,
+            limit=config.eval.curve_images,
+        )
+        for step, url in _kept_steps(checkpoint).items()
+    ]
+
+
+def _kept_steps(checkpoint: str) -> dict[int, str]:
+    """Step -> URL of the checkpoints that a run folder keeps; nothing else has any."""
     from glipv2.pipeline.checkpoint import committed_steps, step_name
 
-    done = storage.exists(storage.join(config.run_dir, "eval", "curves.json"))
-    if done or not config.eval.detection:
-        return {}
-    url = config.set_url(config.eval.detection)
-    return {
-        name: [
-            Work(
-                model=f"{name}-{step}",
-                checkpoint=storage.join(run_dir, "checkpoints", step_name(step)),
-                protocol="caption",
-                set_url=url,
-                shard=0,
-                limit=config.eval.curve_images,
-            )
-            for step in committed_steps(run_dir)
-        ]
-        for name, run_dir in runs.items()
-    }
+    steps = [] if checkpoint == RANDOM else committed_steps(checkpoint)
+    return {s: storage.join(checkpoint, "checkpoints", step_name(s)) for s in steps}
 
 
 def _curve(config: RunConfig, work: list[Work], found: Found) -> list[dict[str, float]]:
     """Caption AP50 of each checkpoint of a run, on the first images of the set."""
     from glipv2.eval.detection import average_precision
 
+    if not work:
+        return []
     url = config.set_url(config.eval.detection)
     records, categories = _records(url, config.eval.curve_images, shard=0)
     points = []
@@ -162,20 +193,17 @@ class Predictor:
         return {record.key: d for record, d in zip(records, detections, strict=True)}
 
     def _grounder(self, checkpoint: str) -> Any:
-        from glipv2.model.glip import build_model
+        from glipv2.jobs.pretrain import random_model
         from glipv2.model.grounder import Grounder
-        from glipv2.model.tokenizer import Tokenizer, tiny_vocab
         from glipv2.pipeline.checkpoint import load_model
         from glipv2.pipeline.dist import local_device
 
         if self.loaded[0] != checkpoint:
             if checkpoint == RANDOM:
-                model = build_model(self.config.model, self.config.seed).eval()
-                max_tokens = self.config.model.text_encoder.max_tokens
-                tokenizer = Tokenizer.from_vocab(tiny_vocab(), max_tokens)
+                model, tokenizer = random_model(self.config)
             else:
                 model, tokenizer = load_model(checkpoint)
-            self.loaded = (checkpoint, Grounder(model.to(local_device()), tokenizer))
+            self.loaded = (checkpoint, Grounder(model.eval().to(local_device()), tokenizer))
         return self.loaded[1]
 
 
@@ -263,12 +291,13 @@ def _score(config: RunConfig, name: str, found: Found) -> dict[str, float]:
             recall.add_record(record, found[name, "phrases"][record.key])
         metrics.update(recall.metrics())
         examples = _examples(records, found[name, "caption"], categories)
-        _write(config, f"predictions-{name}.json", examples)
+        storage.write_json(_eval_url(config, f"predictions-{name}.json"), examples)
     if config.eval.real_detection:
         records, categories = _records(config.set_url(config.eval.real_detection))
         result = average_precision(records, found[name, "real"], categories)
-        metrics["real_ap50"], metrics["real_ap"] = result.ap50, result.ap
-        metrics.update({f"real_{n}_ap50": ap50 for n, (_, ap50) in result.per_category.items()})
+        real = real_name(config)
+        metrics[f"{real}_ap50"], metrics[f"{real}_ap"] = result.ap50, result.ap
+        metrics |= {f"{real}_{n}_ap50": ap50 for n, (_, ap50) in result.per_category.items()}
     return metrics
 
 
@@ -300,30 +329,19 @@ def _examples(
     return examples
 
 
-def _cache_key(config: RunConfig, checkpoint: str) -> str:
-    """Digest of everything that decides the metrics of a checkpoint."""
+def cache_key(config: RunConfig, checkpoint: str) -> str:
+    """Digest of everything that decides the metrics of a checkpoint and the curve of a run."""
     from glipv2.pipeline.checkpoint import COMMIT, resolve_checkpoint
     from glipv2.pipeline.shard_reader import open_shard_set
 
     if checkpoint == RANDOM:
         identity: Any = [as_tree(config.model), config.seed]
     else:
-        commit = storage.join(resolve_checkpoint(checkpoint), COMMIT)
-        identity = json.loads(storage.read_bytes(commit))["files"]["model.safetensors"]
-    names = [n for n in (config.eval.detection, config.eval.real_detection) if n]
-    digests = [open_shard_set(config.set_url(name)).digest for name in names]
-    settings = dataclasses.replace(config.eval, num_actors=1, batch_size=1)
-    return storage.digest([identity, digests, as_tree(settings)])
-
-
-def _cached(config: RunConfig, name: str, key: str) -> dict[str, float] | None:
-    url = storage.join(config.run_dir, "eval", f"metrics-{name}.json")
-    if not storage.exists(url):
-        return None
-    content = json.loads(storage.read_bytes(url))
-    return content["metrics"] if content["key"] == key else None
-
-
-def _write(config: RunConfig, name: str, content: Any) -> None:
-    url = storage.join(config.run_dir, "eval", name)
-    storage.write_bytes(url, json.dumps(content, indent=1, sort_keys=True).encode())
+        urls = [resolve_checkpoint(checkpoint), *_kept_steps(checkpoint).values()]
+        commits = [storage.read_json(storage.join(url, COMMIT)) for url in urls]
+        identity = [[c["step"], c["files"]["model.safetensors"]] for c in commits]
+    settings = config.eval
+    names = (settings.detection, settings.real_detection)
+    digests = [name and open_shard_set(config.set_url(name)).digest for name in names]
+    decisive = [real_name(config), settings.chunk_size, settings.curve_images]
+    return storage.digest([identity, digests, decisive])

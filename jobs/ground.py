@@ -1,115 +1,187 @@
-"""glipv2 ground: one image and a text (or categories) -> boxes as JSON and as a picture."""
+"""glipv2 ground: images and a text (or categories) -> boxes as JSON and as pictures."""
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from glipv2.pipeline.errors import BadSample, ConfigError, DataError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from glipv2.model.batch import Detection
+    from glipv2.model.grounder import Grounder
+
 COLOURS = ("#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
+ONE_NAME = 0.6
+"""Of boxes of a text's phrases that overlap more than this only the best is shown."""
+MASK_OPACITY = 110
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="run folder or step folder")
-    parser.add_argument("--image", required=True, help="JPEG, PNG or WebP file")
+    parser.add_argument(
+        "--checkpoint", required=True, help="run folder, step folder or model folder"
+    )
+    parser.add_argument("--image", required=True, nargs="+", help="JPEG, PNG or WebP files")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", help='phrases ended by full stops: "a red square. a blue circle."')
     text.add_argument("--categories", help="comma-separated names: dog,red car")
+    text.add_argument("--question", help="is answered, without boxes")
+    text.add_argument("--caption", action="store_true", help="describe the images, without boxes")
     parser.add_argument(
         "--threshold",
         type=float,
         default=0.5,
         help="lowest score shown, 0 to 1 (default 0.5); a phrase for something absent scores low",
     )
-    parser.add_argument("--out", default="ground", help="writes OUT.json and OUT.png")
+    parser.add_argument("--masks", action="store_true", help="also find each object's outline")
+    parser.add_argument(
+        "--out", default="ground", help="writes OUT.json and OUT.png, or OUT-1.png, OUT-2.png, ..."
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    result = ground(
-        arguments.checkpoint,
-        arguments.image,
-        text=arguments.text,
-        categories=arguments.categories,
-        threshold=arguments.threshold,
-    )
-    out = arguments.out.removesuffix(".json").removesuffix(".png")
-    json_path, picture_path = Path(f"{out}.json"), Path(f"{out}.png")
+    images = [read(path) for path in arguments.image]
     try:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {arguments.out}: {error}") from error
-    json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw(arguments.image, result["regions"], picture_path)
-    for region in result["regions"]:
-        box = ", ".join(f"{value:.0f}" for value in region["box"])
-        print(f"{region['score']:.2f}  {region['phrase']:24s} [{box}]")  # noqa: T201
-    print(f"{len(result['regions'])} boxes -> {json_path}, {picture_path}")  # noqa: T201
-    return 0
+        grounder = load(arguments.checkpoint)
+        if arguments.question is not None:
+            questions = [arguments.question] * len(images)
+            said = [answers[0] for answers in grounder.answer(images, questions)]
+            return _show_words(arguments.image, said)
+        if arguments.caption:
+            return _show_words(arguments.image, grounder.caption(images))
+        found = ground(
+            grounder,
+            images,
+            text=arguments.text,
+            categories=arguments.categories,
+            threshold=arguments.threshold,
+            masks=arguments.masks,
+        )
+    except ValueError as error:  # no model, or a head that it lacks
+        raise ConfigError(f"{arguments.checkpoint}: {error}") from error
+    asked = arguments.text or arguments.categories
+    return _write(arguments.out, arguments.image, images, asked, found)
+
+
+def read(path: str) -> "Tensor":
+    """The image's pixels, EXIF orientation applied."""
+    from glipv2.pipeline.images import decode_image
+
+    if not Path(path).is_file():
+        raise DataError(f"{path} is a folder, not an image" if Path(path).is_dir()
+                        else f"{path} does not exist")  # fmt: skip
+    try:
+        return decode_image(Path(path).read_bytes())
+    except BadSample as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def load(checkpoint: str) -> "Grounder":
+    """A checkpoint, a run's newest one, or a folder that holds nothing but a model."""
+    from glipv2.model.grounder import Grounder
+    from glipv2.pipeline import storage
+    from glipv2.pipeline.checkpoint import COMMIT, MODEL_FILES, load_model
+    from glipv2.pipeline.dist import local_device
+
+    files = set(storage.list_names(checkpoint))
+    if COMMIT not in files and files >= set(MODEL_FILES):
+        return Grounder.load(checkpoint, local_device())
+    model, tokenizer = load_model(checkpoint)
+    return Grounder(model.to(local_device()), tokenizer)
 
 
 def ground(
-    checkpoint: str, image: str, *, text: str | None, categories: str | None, threshold: float
-) -> dict[str, Any]:
-    """The boxes of one image, best first: {"image", "text", "regions": [box, phrase, score]}.
-
-    Boxes are xyxy in pixels of the image, EXIF orientation applied.
-    """
+    grounder: "Grounder",
+    images: list["Tensor"],
+    *,
+    text: str | None,
+    categories: str | None,
+    threshold: float,
+    masks: bool = False,
+) -> list["Detection"]:
+    """The boxes of each image, best first, in its own pixels."""
     from glipv2.data_prep.noun_phrases import noun_phrases
-    from glipv2.eval.detection import scored_boxes
-    from glipv2.model.grounder import Grounder
-    from glipv2.pipeline.checkpoint import load_model
-    from glipv2.pipeline.images import decode_image
 
-    path = Path(image)
-    if not path.is_file():
-        raise DataError(f"{image} is a folder, not an image" if path.is_dir()
-                        else f"{image} does not exist")  # fmt: skip
-    try:
-        pixels = decode_image(path.read_bytes())
-    except BadSample as error:
-        raise DataError(f"{image}: {error}") from error
-    grounder = Grounder(*load_model(checkpoint))
     if categories is not None:
         names = list(dict.fromkeys(n.strip() for n in categories.split(",") if n.strip()))
         if not names:
             raise ConfigError("--categories names no category; give for example dog,red car")
-        detection = grounder.detect([pixels], names)[0]
-    else:
-        text = text or ""
-        phrases = noun_phrases(text)
-        if not phrases:
-            raise ConfigError(f"--text {text!r} has no noun phrase; name things, or --categories")
-        spans = [((phrase.start, phrase.end),) for phrase in phrases]
-        detection = grounder.ground([pixels], [(text, spans)])[0]
-    plain = scored_boxes(detection)
-    regions = [
-        {"box": [round(v, 1) for v in box], "phrase": name, "score": round(score, 4)}
-        for box, name, score in zip(plain.boxes, plain.names, plain.scores, strict=True)
-        if score >= threshold
+        return grounder.detect(images, names, score_threshold=threshold, masks=masks)
+    text = text or ""
+    phrases = noun_phrases(text)
+    if not phrases:
+        raise ConfigError(f"--text {text!r} has no noun phrase; name things, or --categories")
+    spans = [((phrase.start, phrase.end),) for phrase in phrases]
+    return grounder.ground(
+        images,
+        [(text, spans)] * len(images),
+        score_threshold=threshold,
+        cross_phrase_nms=ONE_NAME,
+        masks=masks,
+    )
+
+
+def _show_words(paths: list[str], said: list[tuple[str, float]]) -> int:
+    for path, (words, score) in zip(paths, said, strict=True):
+        print(f"{score:.2f}  {words}  ({path})")  # noqa: T201
+    return 0
+
+
+def _write(
+    out: str, paths: list[str], images: list["Tensor"], asked: str, found: list["Detection"]
+) -> int:
+    """OUT.json, one object (of several images a list), and a picture for each image."""
+    stem = out.removesuffix(".json").removesuffix(".png")
+    json_path = Path(f"{stem}.json")
+    pictures = [Path(f"{stem}{number}.png") for number in _suffixes(len(paths))]
+    results = [
+        {"image": path, "text": asked, "regions": detection.to_dict()["regions"]}
+        for path, detection in zip(paths, found, strict=True)
     ]
-    return {"image": image, "text": text or categories, "regions": regions}
+    try:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error}") from error
+    content = results[0] if len(results) == 1 else results
+    json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for result, image, detection, picture in zip(results, images, found, pictures, strict=True):
+        draw(image, detection, picture)
+        for region in result["regions"]:
+            box = ", ".join(f"{value:.0f}" for value in region["box"])
+            print(f"{region['score']:.2f}  {region['phrase']:24s} [{box}]")  # noqa: T201
+        print(f"{len(result['regions'])} boxes -> {json_path}, {picture}")  # noqa: T201
+    return 0
 
 
-def draw(image: str, regions: list[dict[str, Any]], out: Path) -> None:
-    """The image with a coloured box and label for each region; small images are enlarged."""
-    from PIL import Image, ImageDraw, ImageOps
+def _suffixes(count: int) -> Iterator[str]:
+    return iter([""] if count == 1 else [f"-{number}" for number in range(1, count + 1)])
 
-    picture = ImageOps.exif_transpose(Image.open(image)).convert("RGB")
+
+def draw(image_3HW: "Tensor", detection: "Detection", out: Path) -> None:
+    """The image with a coloured box, label and mask for each region; small images are enlarged."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.fromarray(image_3HW.permute(1, 2, 0).numpy())
+    colours: dict[str, str] = {}
+    for phrase in detection.phrases:
+        colours.setdefault(phrase, COLOURS[len(colours) % len(COLOURS)])
+    if detection.masks_KHW is not None:
+        for phrase, mask_HW in zip(detection.phrases, detection.masks_KHW, strict=True):
+            mask = Image.fromarray(mask_HW.byte().numpy() * MASK_OPACITY)
+            picture.paste(Image.new("RGB", picture.size, colours[phrase]), mask=mask)
     factor = max(1, round(640 / max(picture.size)))
     picture = picture.resize((picture.width * factor, picture.height * factor))
     canvas = ImageDraw.Draw(picture)
-    colours: dict[str, str] = {}
-    for region in regions:
-        colours.setdefault(region["phrase"], COLOURS[len(colours) % len(COLOURS)])
-    for region in reversed(regions):  # the best is drawn last, on top; labels after all boxes
-        box = tuple(value * factor for value in region["box"])
-        canvas.rectangle(box, outline=colours[region["phrase"]], width=3)
-    for region in reversed(regions):
-        colour = colours[region["phrase"]]
-        x0, y0 = region["box"][0] * factor, region["box"][1] * factor
-        label = f"{region['phrase']} {region['score']:.2f}"
+    boxes = [[value * factor for value in box] for box in detection.boxes_K4.tolist()]
+    rows = list(zip(boxes, detection.phrases, detection.scores_K.tolist(), strict=True))
+    for box, phrase, _ in reversed(rows):  # the best is drawn last, on top; labels after all boxes
+        canvas.rectangle(tuple(box), outline=colours[phrase], width=3)
+    for (x0, y0, _, _), phrase, score in reversed(rows):
+        label = f"{phrase} {score:.2f}"
         area = canvas.textbbox((x0 + 4, max(0, y0 - 14)), label)
-        canvas.rectangle((area[0] - 3, area[1] - 2, area[2] + 3, area[3] + 2), fill=colour)
+        canvas.rectangle((area[0] - 3, area[1] - 2, area[2] + 3, area[3] + 2), fill=colours[phrase])
         canvas.text((x0 + 4, max(0, y0 - 14)), label, fill="white")
     picture.save(out)

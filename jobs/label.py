@@ -2,16 +2,15 @@
 
 import argparse
 import dataclasses
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage, use_cluster
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import LabelConfig, RunConfig
-from glipv2.pipeline.config_loader import as_tree, load_config
 from glipv2.pipeline.errors import BadSample, ConfigError
 from glipv2.pipeline.launch import exclusive
 from glipv2.pipeline.records import Record
@@ -23,18 +22,14 @@ CALIBRATION_FLOOR = 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="YAML file, see infra/recipes/")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, applied last")
-    parser.add_argument("--phase", help="a phase of the recipe")
-    parser.add_argument("--address", help="Ray cluster to run on, for example auto")
+    add_recipe_arguments(parser, phase="a phase of the recipe", cluster=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import os
-
-    if arguments.address:
-        os.environ["RAY_ADDRESS"] = arguments.address
-    label(load_config(arguments.recipe, arguments.overrides, arguments.phase))
+    use_cluster(arguments.address)
+    config = recipe_config(arguments, arguments.phase)
+    with stage(config.run_dir, "label"):
+        label(config)
     return 0
 
 
@@ -58,9 +53,11 @@ def label(config: RunConfig) -> None:
 
 
 def _kept_settings(settings: LabelConfig) -> dict[str, Any]:
-    """The settings that decide what a labelled shard holds (not where or how fast it is made)."""
+    """What decides what a labelled shard holds (not where or how fast it is made)."""
+    from glipv2.data_prep.noun_phrases import parser_version
+
     names = ("score_threshold", "max_boxes", "cross_phrase_nms")
-    return {name: as_tree(settings)[name] for name in names}
+    return {name: getattr(settings, name) for name in names} | {"parser": parser_version()}
 
 
 def choose_threshold(config: RunConfig, teacher: str, teacher_digest: str) -> float:
@@ -80,7 +77,7 @@ def choose_threshold(config: RunConfig, teacher: str, teacher_digest: str) -> fl
     key = storage.digest(
         [teacher_digest, gold.digest, settings.target_precision, _kept_settings(settings)]
     )
-    if storage.exists(url) and (known := json.loads(storage.read_bytes(url)))["key"] == key:
+    if storage.exists(url) and (known := storage.read_json(url))["key"] == key:
         return float(known["threshold"])
     floor = dataclasses.replace(settings, teacher=teacher, score_threshold=CALIBRATION_FLOOR)
     labelled: list[Record] = []
@@ -89,8 +86,7 @@ def choose_threshold(config: RunConfig, teacher: str, teacher_digest: str) -> fl
         labelled.extend(records)
     judged = judge_labels(labelled, iterate_records(gold.url))
     chosen = choose(judged, settings.target_precision)
-    content = {"key": key, **dataclasses.asdict(chosen)}
-    storage.write_bytes(url, json.dumps(content, indent=1).encode())
+    storage.write_json(url, {"key": key, **dataclasses.asdict(chosen)})
     return chosen.threshold
 
 

@@ -1,4 +1,4 @@
-"""glipv2 prepare SOURCE ... --out URL: turn a source into a shard set.
+"""glipv2 prepare SOURCE ... --out URL: turn a source into a shard set; or all sets of a recipe.
 
 Run again with the same settings it reuses what is there; cut off, it goes on.
 """
@@ -12,9 +12,10 @@ from typing import Any
 from glipv2.data_prep.reasons import REASONS, Dropped
 from glipv2.data_prep.sources import Source, open_source
 from glipv2.data_prep.toy import TOY_SETS
+from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage
 from glipv2.pipeline import storage
-from glipv2.pipeline.config import PrepareConfig
-from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.config import PrepareConfig, RunConfig
+from glipv2.pipeline.errors import ConfigError, DataError
 from glipv2.pipeline.progress import progress
 from glipv2.pipeline.records import Record
 from glipv2.pipeline.shard_format import MANIFEST
@@ -46,12 +47,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pairs.add_argument("--root", required=True, metavar="FOLDER_OR_FILE")
     for source in (toy, voc, coco, pairs):
         source.add_argument("--out", required=True, metavar="URL", help="folder of the shard set")
+    add_recipe_arguments(sources.add_parser("recipe", help="all sets of a recipe, under data.root"))
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.source == "recipe":
+        config = recipe_config(arguments)
+        if not config.prepare:
+            raise ConfigError(f"{arguments.recipe} names no set to make: its `prepare` is empty")
+        with stage(config.run_dir, "prepare"):
+            prepare_recipe(config)
+        return 0
     chosen = {k: v for k, v in vars(arguments).items() if k not in ("out", "command")}
     prepare_set(arguments.out, PrepareConfig(**chosen))
     return 0
+
+
+def prepare_recipe(config: RunConfig) -> None:
+    """Make every shard set that the recipe says how to make."""
+    for name, options in config.prepare.items():
+        prepare_set(config.set_url(name), options)
 
 
 def prepare_set(

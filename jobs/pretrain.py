@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
+from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import RunConfig
-from glipv2.pipeline.config_loader import as_tree, dump_config, load_config
+from glipv2.pipeline.config_loader import as_tree, dump_config
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.launch import exclusive, launch_ranks, under_launcher
 
@@ -28,15 +29,16 @@ Saved = tuple[str, dict[str, bytes]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="YAML file, see infra/recipes/")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, applied last")
-    parser.add_argument("--phase", help="a phase of the recipe, for example teacher")
+    add_recipe_arguments(parser, phase="a phase of the recipe, for example teacher")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.recipe, arguments.overrides, arguments.phase)
+    config = recipe_config(arguments, arguments.phase)
     if under_launcher():
         train(config)
+    elif arguments.phase:
+        with stage(recipe_config(arguments).run_dir, arguments.phase):
+            pretrain(config)
     else:
         pretrain(config)
     return 0
@@ -49,9 +51,7 @@ def pretrain(config: RunConfig) -> str:
     """
     check_mixture(config)
     with exclusive(config.run_dir):
-        check_same_run(config)
-        resolved = storage.join(config.run_dir, CONFIG)
-        storage.write_bytes(resolved, dump_config(config).encode())
+        resolved = note_settings(config)
         if not is_finished(config):
             arguments = ["pretrain", resolved]
             launch_ranks(arguments, config.train.processes, config.train.threads)
@@ -62,6 +62,15 @@ def is_finished(config: RunConfig) -> bool:
     from glipv2.pipeline.checkpoint import committed_steps
 
     return committed_steps(config.run_dir)[-1:] == [config.train.steps]
+
+
+def note_settings(config: RunConfig) -> str:
+    """Write RUN/config.yaml, unless it holds the same already; refuses to make it another run's."""
+    check_same_run(config)
+    url, resolved = storage.join(config.run_dir, CONFIG), dump_config(config).encode()
+    if not storage.exists(url) or storage.read_bytes(url) != resolved:
+        storage.write_bytes(url, resolved)
+    return url
 
 
 def check_same_run(config: RunConfig) -> None:
@@ -120,15 +129,19 @@ def train(config: RunConfig) -> None:
     """The body of one rank; all ranks run it."""
     import torch
 
+    from glipv2.model.adaptation import set_trainable
     from glipv2.pipeline import dist
     from glipv2.pipeline.checkpoint import newest_checkpoint
     from glipv2.pipeline.engine import build_engine, init_distributed, train_step
 
     dist.die_with_parent()
+    if dist.is_main():
+        note_settings(config)  # torchrun starts ranks directly
     torch.set_num_threads(config.train.threads)
     init_distributed()
     saved = newest_checkpoint(config.run_dir)
     model, tokenizer = initial_model(config, saved)
+    set_trainable(model, config.train.tune)
     loader = _build_loader(config, tokenizer)
     engine = build_engine(
         model.to(dist.local_device()), config.train, config.train.global_batch // dist.world_size()
@@ -149,25 +162,46 @@ def train(config: RunConfig) -> None:
     run.close()
 
 
+def random_model(config: RunConfig) -> tuple[Any, Any]:
+    """The recipe's model with random weights from its seed, and the tokenizer of the package."""
+    from glipv2.model.glip import build_model
+    from glipv2.model.tokenizer import Tokenizer, tiny_vocab
+
+    tokenizer = Tokenizer.from_vocab(tiny_vocab(), config.model.text_encoder.max_tokens)
+    return build_model(config.model, config.seed), tokenizer
+
+
 def initial_model(config: RunConfig, saved: Saved | None) -> tuple[Any, Any]:
     """The model to train and its tokenizer: from the run's own checkpoint, else from `train.init`,
     else with random weights from the seed."""
-    from glipv2.model.glip import build_model
-    from glipv2.model.tokenizer import Tokenizer, tiny_vocab
     from glipv2.model.weights import model_from_files
     from glipv2.pipeline.checkpoint import load_model
 
     if saved is None and not config.train.init:
-        tokenizer = Tokenizer.from_vocab(tiny_vocab(), config.model.text_encoder.max_tokens)
-        return build_model(config.model, config.seed), tokenizer
+        return random_model(config)
     if saved is not None:
         source, (model, tokenizer) = saved[0], model_from_files(saved[1])
     else:
         source = config.run_url(str(config.train.init))
         model, tokenizer = load_model(source)
-    if model.config != config.model:
-        raise ConfigError(f"the model of {source} has other sizes than this recipe's `model`")
+    if saved is None and model.config != config.model:
+        model = _continued(config, model, source)
     return model.train(), tokenizer
+
+
+def _continued(config: RunConfig, start: Any, source: str) -> Any:
+    """The recipe's model with what it shares with another; heads that one lacks are new."""
+    from glipv2.model.adaptation import adopt
+    from glipv2.model.glip import build_model
+
+    model = build_model(config.model, config.seed)
+    try:
+        new = adopt(model, start)
+    except ValueError as error:
+        raise ConfigError(f"train.init: {source} can't start this recipe: {error}") from error
+    if new:
+        log.warning("%s starts from %s; new: %s", config.run_dir, source, ", ".join(new))
+    return model
 
 
 def _build_loader(config: RunConfig, tokenizer: Any) -> Any:
@@ -186,6 +220,7 @@ def _build_loader(config: RunConfig, tokenizer: Any) -> Any:
         world_size=dist.world_size(),
         seed=config.seed,
         on_bad=Quarantine(storage.join(config.run_dir, "quarantine.jsonl")),
+        masks=config.model.masks,
     )
 
 
@@ -221,8 +256,6 @@ class Recorder:
             name = os.path.basename(config.run_dir.rstrip("/"))
             self.bar = bar(config.train.steps, f"pretrain {name}", "step", first_step)
             self.losses = LossLog(config.run_dir, first_step)
-            resolved = storage.join(config.run_dir, CONFIG)  # torchrun starts ranks directly
-            storage.write_bytes(resolved, dump_config(config).encode())
 
     def step(self, step: int, values: dict[str, float], seconds: float) -> None:
         if not self.main:

@@ -11,8 +11,8 @@ from typing import Any
 from glipv2.jobs.page import render
 from glipv2.jobs.plots import Plot, Series, line_plot
 from glipv2.jobs.report_numbers import (
-    METRICS,
     MODELS,
+    columns,
     duration,
     headline_facts,
     result_rows,
@@ -21,6 +21,7 @@ from glipv2.jobs.report_numbers import (
 from glipv2.jobs.report_pictures import Gallery, examples, gallery
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.runlog import read_losses
 
 LOSS_TERMS = {
     "loss": "Total loss",
@@ -52,7 +53,7 @@ def write_report(run_dir: str) -> str:
     if summary is None:
         raise DataError(
             f"{storage.join(run_dir, 'summary.json')} is missing, so there is nothing to report: "
-            "is this the folder of a main job (glipv2 run)? Run it again to finish it."
+            "is this the folder of a main job? glipv2 run and glipv2 evaluate RECIPE write it"
         )
     config_text = _text(run_dir, "config.yaml")
     config = _yaml(config_text, storage.join(run_dir, "config.yaml"))
@@ -62,7 +63,7 @@ def write_report(run_dir: str) -> str:
         name=str(run_dir).rstrip("/").rsplit("/", 1)[-1],
         verdict=verdict(summary),
         facts=headline_facts(summary),
-        columns=METRICS,
+        columns=columns(summary),
         rows=result_rows(summary),
         losses=_loss_plots(run_dir),
         curves=_curve_plots(run_dir),
@@ -84,7 +85,7 @@ def write_report(run_dir: str) -> str:
 
 
 def _loss_plots(run_dir: str) -> list[Plot]:
-    logs = {m: _lines(run_dir, f"{m}/losses.jsonl") for m in MODELS}
+    logs = {m: read_losses(storage.join(run_dir, m)) for m in MODELS}
     plots = [
         line_plot(
             title,
@@ -100,7 +101,8 @@ def _loss_plots(run_dir: str) -> list[Plot]:
 
 
 def _curve_plots(run_dir: str) -> list[Plot]:
-    curves = _json(run_dir, "eval/curves.json") or {}
+    scores = {m: _json(run_dir, f"eval/metrics-{m}.json") or {} for m in MODELS}
+    curves = {m: own["curve"] for m, own in scores.items() if own.get("curve")}
     points = [point for own in curves.values() for point in own]
     metrics = dict.fromkeys(key for point in points for key in point if key != "step")
     plots = [
@@ -147,9 +149,10 @@ def _galleries(run_dir: str, config: dict[str, Any]) -> list[Gallery]:
 
 def _skipped(run_dir: str) -> list[dict[str, Any]] | None:
     """Quarantined samples by stage and reason, most frequent first; None without the file."""
-    if not storage.exists(storage.join(run_dir, "quarantine.jsonl")):
+    url = storage.join(run_dir, "quarantine.jsonl")
+    if not storage.exists(url):
         return None
-    lines = _lines(run_dir, "quarantine.jsonl")
+    lines = storage.read_json_lines(url)
     counts = Counter((line["stage"], line["reason"]) for line in lines)
     first = {(line["stage"], line["reason"]): line for line in reversed(lines)}
     return [
@@ -182,20 +185,8 @@ def _text(run_dir: str, name: str) -> str | None:
 
 
 def _json(run_dir: str, name: str) -> Any:
-    text = _text(run_dir, name)
-    try:
-        return None if text is None else json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{storage.join(run_dir, name)} is no valid JSON: {error}") from error
-
-
-def _lines(run_dir: str, name: str) -> list[dict[str, Any]]:
-    """Entries of a .jsonl file; a last line cut off by a kill is left out."""
-    lines = (_text(run_dir, name) or "").split("\n")[:-1]
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise DataError(f"{storage.join(run_dir, name)} is no valid JSONL: {error}") from error
+    url = storage.join(run_dir, name)
+    return storage.read_json(url) if storage.exists(url) else None
 
 
 def _yaml(text: str | None, url: str) -> dict[str, Any]:

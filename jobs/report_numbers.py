@@ -4,17 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 MODELS = ("teacher", "student", "control")
-METRICS = (
+TOY_METRICS = (
     ("Caption prompts, AP50", "caption_seen_ap50", "seen"),
     ("Caption prompts, AP50", "caption_unseen_ap50", "unseen"),
     ("All classes prompted, AP50", "chunked_seen_ap50", "seen"),
     ("All classes prompted, AP50", "chunked_unseen_ap50", "unseen"),
-    ("Real cells, AP50", "bccd_ap50", "BCCD"),
-    ("Phrase recall", "recall_at_1", "@1"),
-    ("Phrase recall", "recall_at_5", "@5"),
-    ("Phrase recall", "recall_at_10", "@10"),
 )
 """(column group, key in summary.json, column)."""
+RECALLS = tuple(("Phrase recall", f"recall_at_{k}", f"@{k}") for k in (1, 5, 10))
 VERDICT_METRIC = "chunked_unseen_ap50"
 CLEAR = 0.01
 """A difference below this is not called one."""
@@ -43,6 +40,13 @@ class Row:
     """(text, class) a metric."""
 
 
+def columns(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The columns of the results table, as TOY_METRICS; real images have one if there are any."""
+    real = summary.get("real_set")
+    own = [("Real images, AP50", f"{real}_ap50", real)] if real else []
+    return [*TOY_METRICS, *own, *RECALLS]
+
+
 def verdict(summary: dict[str, Any]) -> Verdict:
     """One line on student against control, from VERDICT_METRIC."""
     student, control = (summary.get(m, {}).get(VERDICT_METRIC) for m in ("student", "control"))
@@ -69,17 +73,18 @@ def verdict(summary: dict[str, Any]) -> Verdict:
 def result_rows(summary: dict[str, Any]) -> list[Row]:
     """Teacher, student, control, their difference, and random weights."""
     figures = {m: summary.get(m, {}) for m in MODELS}
+    keys = [key for _, key, _ in columns(summary)]
     rows = []
     for model in MODELS:
         cells = []
-        for _, key, _ in METRICS:
+        for key in keys:
             value = figures[model].get(key)
             best = max((f[key] for f in figures.values() if f.get(key) is not None), default=None)
             cells.append(_cell(value, "best" if value is not None and value == best else ""))
         kind = "hero" if model == "student" else ""
         rows.append(Row(name=model.capitalize(), kind=kind, cells=tuple(cells)))
     differences = []
-    for _, key, _ in METRICS:
+    for key in keys:
         values = [figures[m].get(key) for m in ("student", "control")]
         if None in values:
             differences.append(("–", "none"))
@@ -88,8 +93,7 @@ def result_rows(summary: dict[str, Any]) -> list[Row]:
         color = "none" if abs(difference) < CLEAR else "up" if difference > 0 else "down"
         differences.append((signed(difference), color))
     rows.append(Row(name="Student − control", kind="delta", cells=tuple(differences)))
-    random = {"bccd_ap50": summary.get("random_weights_bccd_ap50"), **summary.get("random", {})}
-    cells = [_cell(random.get(key)) for _, key, _ in METRICS]
+    cells = [_cell(summary.get(f"random_weights_{key}")) for key in keys]
     rows.append(Row(name="Random weights", kind="", cells=tuple(cells)))
     return rows
 
@@ -121,10 +125,11 @@ def headline_facts(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         seen = student.get("caption_seen_ap50")
         small = f"seen {seen:.3f}" if seen is not None else ""
         facts.append(("Unseen, caption prompts", f"{student['caption_unseen_ap50']:.3f}", small))
-    if "bccd_ap50" in student:
-        chance = summary.get("random_weights_bccd_ap50")
+    real = summary.get("real_set")
+    if f"{real}_ap50" in student:
+        chance = summary.get(f"random_weights_{real}_ap50")
         small = f"random weights {chance:.3f}" if chance is not None else ""
-        facts.append(("Real cells (BCCD) AP50", f"{student['bccd_ap50']:.3f}", small))
+        facts.append((f"Real images ({real}) AP50", f"{student[f'{real}_ap50']:.3f}", small))
     if "precision_at_50" in labels:
         small = f"recall {labels['recall_at_50']:.0%}"
         facts.append(("Label precision", f"{labels['precision_at_50']:.0%}", small))

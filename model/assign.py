@@ -19,7 +19,8 @@ def assign(
 
     Per box, the 9 anchors nearest to its centre on every level are candidates; those whose overlap
     reaches the candidates' mean plus standard deviation and whose centre lies inside the box are
-    positive. An anchor won by several boxes goes to the one it overlaps most. All images and boxes
+    positive. An anchor won by several boxes goes to the one it overlaps most,
+    among equals to the first. All images and boxes
     are handled at once; padded boxes win nothing, and N may be 0. Boxes in pixels of the padded
     input. Equals GLIP's assigner (facts C.1).
     """
@@ -27,22 +28,24 @@ def assign(
     A = anchors_A4.shape[0]
     if N == 0:
         return torch.full((B, A), -1, dtype=torch.int64, device=boxes_BN4.device)
-    iou_BNA = pairwise_iou(boxes_BN4, anchors_A4)
     centres_A2 = (anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2
     candidates_BNK = _nearest(centres_A2, anchors_per_level, boxes_BN4)
 
-    candidate_iou_BNK = iou_BNA.gather(2, candidates_BNK)
-    spread_BN = _unbiased_std(candidate_iou_BNK)
-    threshold_BN1 = (candidate_iou_BNK.mean(dim=2) + spread_BN)[..., None]
-    positive_BNK = candidate_iou_BNK >= threshold_BN1
+    iou_BNK = pairwise_iou(boxes_BN4[:, :, None], anchors_A4[candidates_BNK]).squeeze(2)
+    threshold_BN1 = iou_BNK.mean(dim=2, keepdim=True) + _unbiased_std(iou_BNK)
+    positive_BNK = iou_BNK >= threshold_BN1
     positive_BNK &= _inside(centres_A2[candidates_BNK], boxes_BN4[:, :, None])
     positive_BNK &= box_mask_BN[..., None]
 
-    won_BNA = torch.full_like(iou_BNA, -1.0).scatter(
-        2, candidates_BNK, torch.where(positive_BNK, candidate_iou_BNK, -1.0)
-    )
-    best_BA, box_BA = won_BNA.max(dim=1)
-    return torch.where(best_BA >= 0, box_BA, -1)
+    # Two rounds: first the best overlap that an anchor is offered, then the first box to offer it.
+    offer_BC = torch.where(positive_BNK, iou_BNK, -1.0).flatten(1)
+    anchor_BC = candidates_BNK.flatten(1)
+    best_BA = offer_BC.new_full((B, A), -1.0).scatter_reduce(1, anchor_BC, offer_BC, "amax")
+    wins_BC = positive_BNK.flatten(1) & (offer_BC == best_BA.gather(1, anchor_BC))
+    box_C = torch.arange(N, device=boxes_BN4.device).repeat_interleave(positive_BNK.shape[2])
+    nobody_BA = torch.full((B, A), N, device=boxes_BN4.device)
+    box_BA = nobody_BA.scatter_reduce(1, anchor_BC, torch.where(wins_BC, box_C, N), "amin")
+    return torch.where(box_BA < N, box_BA, -1)
 
 
 def _nearest(centres_A2: Tensor, anchors_per_level: Sequence[int], boxes_BN4: Tensor) -> Tensor:
@@ -63,8 +66,8 @@ _EXACT = "donot_use_mm_for_euclid_dist"
 
 def _unbiased_std(values: Tensor) -> Tensor:
     if values.shape[-1] < 2:  # a pyramid of one location: no spread to speak of
-        return torch.zeros_like(values[..., 0])
-    return values.std(dim=-1, unbiased=True)
+        return torch.zeros_like(values)
+    return values.std(dim=-1, unbiased=True, keepdim=True)
 
 
 def _inside(points: Tensor, boxes: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Boxes are always xyxy, in pixels; the docstring says of which image.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ NO_CATEGORY = -10
 """Category id of boxes that come from captions: they never propagate between images."""
 NO_WORD = -1
 """Category id of a token that names no category."""
+UNKNOWN_MASK = 255
+"""What a mask holds everywhere if nobody drew it."""
 
 
 @dataclass(kw_only=True)
@@ -44,6 +46,14 @@ class Batch:
     """int64 id of the category that a token names, NO_WORD elsewhere and in captions."""
     keys: list[str]
     """`source/key` of each sample, so that a bad one can be found again."""
+    masks_BNSS: Tensor | None = None
+    """uint8 0 or 1, what of each box belongs to its object, resized to S x S; None without masks.
+    A box whose mask is unknown holds UNKNOWN_MASK. All ranks have masks or none has."""
+    task: Literal["grounding", "vqa", "captioning"] = "grounding"
+    """What the whole batch, on every rank, is for: vqa texts are questions, captioning texts are
+    to be predicted word by word; both have no boxes."""
+    answers_BV: Tensor | None = None
+    """vqa: float32 soft target of each of the model's answers, in [0, 1]."""
 
     def to(self, device: torch.device | str) -> "Batch":
         moved: dict[str, Any] = {
@@ -88,6 +98,36 @@ class Detection:
     """int64 index into `names`."""
     names: list[str]
     """The phrases or category names that were asked for."""
+    masks_KHW: Tensor | None = None
+    """bool, in pixels of the image as the user gave it; only if masks were asked for."""
+
+    @property
+    def phrases(self) -> list[str]:
+        """The phrase or category of each box."""
+        return [self.names[label] for label in self.labels_K.tolist()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: {"names", "regions": [{"box", "phrase", "score", "mask"}, ...]}, best first.
+
+        Boxes are rounded to hundredths of a pixel; masks are COCO run lengths.
+        """
+        rows = zip(self.boxes_K4.tolist(), self.phrases, self.scores_K.tolist(), strict=True)
+        regions: list[dict[str, Any]] = [
+            {"box": [round(v, 2) for v in box], "phrase": phrase, "score": round(score, 4)}
+            for box, phrase, score in rows
+        ]
+        if self.masks_KHW is not None:
+            for region, mask_HW in zip(regions, self.masks_KHW, strict=True):
+                region["mask"] = _run_lengths(mask_HW)
+        return {"names": list(self.names), "regions": regions}
+
+
+def _run_lengths(mask_HW: Tensor) -> dict[str, Any]:
+    """COCO's compressed RLE, {"size": [height, width], "counts": text}."""
+    from pycocotools.mask import encode
+
+    code = encode(mask_HW.byte().numpy().copy(order="F"))
+    return {"size": list(mask_HW.shape), "counts": code["counts"].decode("ascii")}
 
 
 def _identity(value: Tensor) -> Tensor:

@@ -80,4 +80,5 @@ def clip(boxes: Tensor, height: int, width: int) -> Tensor:
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
     """Greedy non-maximum suppression among boxes of one label; indices kept, best score first."""
-    return batched_nms(boxes.float(), scores.float(), labels, threshold)
+    # torchvision sets labels apart by large offsets: fp64 adds those without rounding overlaps.
+    return batched_nms(boxes.double(), scores.double(), labels, threshold)

@@ -3,7 +3,9 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-PresetName = Literal["tiny", "T", "B", "L", "H"]
+Tune = Literal["full", "linear_probe", "prompt", "mask_head", "answer_head", "caption_head"]
+"""What of a model is trained; see `adaptation`."""
+PresetName = Literal["tiny", "A", "T", "B", "L", "H"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,12 @@ class TextEncoderConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
+    mlp_width: int = 3072
+    """Hidden width of the feed-forward part of each layer, here and in the fusion tower."""
     max_tokens: int = 256
     """Longest text, special tokens included; longer prompts are split by the caller."""
+    positions: int = 512
+    """Rows of the position table; at least max_tokens."""
     vocab_size: int = 30522
     dropout: float = 0.1
     word_init_std: float = 0.02
@@ -37,6 +43,8 @@ class TextEncoderConfig:
             raise ValueError(
                 f"text_encoder.width {self.width} must be a multiple of its {self.heads} heads"
             )
+        if self.positions < self.max_tokens:
+            raise ValueError("text_encoder.positions must be at least text_encoder.max_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,9 @@ class LossWeights:
     token: float = 1.0
     inter_image: float = 1.0
     mlm: float = 1.0
+    mask: float = 1.0
+    answer: float = 1.0
+    caption: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +104,39 @@ class ModelConfig:
     """Anchors of each image that take part in the inter-image contrast."""
     drop_block: bool = True
     """GLIP's DropBlock (p 0.3, block 3) on the two finest merged maps, while training only."""
+    masked_words: bool = True
+    """Whether there is a head for masked language modelling."""
+    contrast: bool = True
+    """Whether there are projections for the inter-image contrast."""
+    masks: bool = False
+    """Whether there is a mask head."""
+    mask_hourglasses: int = 1
+    """Hourglass modules in the mask head's extractor."""
+    mask_depth: int = 1
+    """How often each hourglass halves its map; the region map's side is a multiple of 2**depth."""
+    answers: tuple[str, ...] = ()
+    """The answers that the question answering head knows; empty means there is no such head."""
+    captions: bool = False
+    """Whether there is a captioning head."""
+    prompt_rows: int = 0
+    """Rows of a table that is added to the words of a fixed prompt, for prompt tuning (GLIP: 1000);
+    0 means there is none."""
+    glip_compatible: bool = False
+    """Compute as weights trained by the original GLIP code expect, its defects included: DyConv
+    misreads the offsets of a finer level as a flat buffer, and values of the fusion tower are
+    clamped. Set by `glipv2 convert`; off for new training."""
 
     def __post_init__(self) -> None:
         if not 3 <= self.levels <= 5:
             raise ValueError(f"model.levels must be 3, 4 or 5, not {self.levels}")
+        if self.prompt_rows and self.prompt_rows < self.text_encoder.max_tokens:
+            raise ValueError("model.prompt_rows must be at least text_encoder.max_tokens")
         if self.fusion_blocks < 1:
             raise ValueError("model.fusion_blocks must be at least 1")
+        if min(self.mask_hourglasses, self.mask_depth) < 1:
+            raise ValueError("model.mask_hourglasses and model.mask_depth must be at least 1")
+        if (self.answers or self.captions) and not self.fusion:
+            raise ValueError("model.answers and model.captions need model.fusion to see the image")
         for name, divisor in (
             ("width", self.group_norm_groups),
             ("width", 4),  # DyReLU squeezes to a quarter
@@ -119,7 +157,14 @@ TINY = ModelConfig(
         embed_dim=32, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8), window=4, drop_path=0.0
     ),
     text_encoder=TextEncoderConfig(
-        width=64, layers=2, heads=4, max_tokens=96, vocab_size=1024, dropout=0.0, word_init_std=0.3
+        width=64,
+        layers=2,
+        heads=4,
+        mlp_width=256,
+        max_tokens=96,
+        vocab_size=1024,
+        dropout=0.0,
+        word_init_std=0.3,
     ),
     input=InputConfig(short_side=128, long_side=128, pad_to=(128, 128)),
     width=64,
@@ -136,6 +181,9 @@ TINY = ModelConfig(
     drop_block=False,
 )
 """Learns a toy world on two CPU cores in minutes; for tests and the quickstart."""
+
+GLIP_T_A = ModelConfig(preset="A", fusion=False, masked_words=False, contrast=False)
+"""GLIP-T(A): Swin-T and BERT-base that meet only in the alignment head (151 M parameters)."""
 
 GLIP_T = ModelConfig(preset="T")
 """GLIP-T and GLIPv2-T: Swin-T, BERT-base, six blocks (232 M parameters)."""
@@ -168,7 +216,7 @@ GLIPV2_H = ModelConfig(
 """The size of GLIPv2-H. CoSwin-H was never public: this is a plain Swin of that size."""
 
 PRESETS: dict[str, ModelConfig] = {
-    config.preset: config for config in (TINY, GLIP_T, GLIPV2_B, GLIP_L, GLIPV2_H)
+    config.preset: config for config in (TINY, GLIP_T_A, GLIP_T, GLIPV2_B, GLIP_L, GLIPV2_H)
 }
 
 

@@ -4,9 +4,11 @@ Equal to torchvision.ops.deform_conv2d, several times faster on CPUs, and withou
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 TAPS = 9
@@ -24,23 +26,51 @@ class Taps:
     """H and W are those of a 3 x 3 convolution with padding 1 and this stride."""
 
 
-def sample(x_BDHW: Tensor, taps: Taps) -> Tensor:
-    """Look a map up at a convolution's taps: (B, D * 9, H * W) in the taps' H and W.
+class _SampledConv(torch.autograd.Function):
+    """A 3 x 3 kernel on what a grid finds in a map; each find counts by its weight.
 
-    Bilinear, zero outside the map, times the taps' weights. Coordinates stay in fp32: bf16 could
-    not tell neighbouring pixels of a wide map apart.
+    Takes a map (B, D, H, W), a sampling grid (B, 9, P, 2), weights (B, 9, P), both float32, and
+    the kernel (D_out, D * 9). Results are (B, D_out, P) in the kernel's type; sampling is float32.
+
+    The gradient is written out because autograd would keep the sampled values, nine times a map,
+    twice. Sampling again is cheap beside the products.
     """
-    B, D, H, W = x_BDHW.shape
-    coordinates = _coordinates(taps)
-    to_grid = coordinates.new_tensor([2 / max(W - 1, 1), 2 / max(H - 1, 1)])
-    if min(H, W) == 1:  # align_corners has no scale for one pixel
-        x_BDHW = F.pad(x_BDHW, (0, int(W == 1), 0, int(H == 1)))
-    grid_B9P2 = (coordinates * to_grid - 1).view(B, TAPS, -1, 2)
-    values_BD9P = F.grid_sample(
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BDHW: Tensor, grid_B9P2: Tensor, weight_B9P: Tensor, kernel: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x_BDHW, grid_B9P2, weight_B9P, kernel)
+        values_BD9P = _look_up(x_BDHW, grid_B9P2).mul_(weight_B9P[:, None])
+        kernels = kernel.expand(len(x_BDHW), -1, -1)
+        return torch.bmm(kernels, values_BD9P.flatten(1, 2).to(kernel.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x_BDHW, grid_B9P2, weight_B9P, kernel = ctx.saved_tensors
+        with torch.autocast(d_out.device.type, enabled=False):
+            values_BD9P = _look_up(x_BDHW, grid_B9P2)
+            kernels = kernel.T.expand(len(x_BDHW), -1, -1)
+            d_values_BD9P = torch.bmm(kernels, d_out).float().view_as(values_BD9P)
+            d_weight_B9P = (d_values_BD9P * values_BD9P).sum(dim=1)
+            values_BD9P.mul_(weight_B9P[:, None])
+            columns_BPK = values_BD9P.flatten(1, 2).transpose(1, 2).to(kernel.dtype)
+            d_kernel = torch.bmm(d_out, columns_BPK).sum(dim=0)
+            d_values_BD9P.mul_(weight_B9P[:, None])
+            d_x_BDHW, d_grid_B9P2 = torch.ops.aten.grid_sampler_2d_backward(
+                d_values_BD9P, x_BDHW.float(), grid_B9P2, _BILINEAR, _ZEROS, True, (True, True)
+            )
+        return d_x_BDHW.to(x_BDHW.dtype), d_grid_B9P2, d_weight_B9P, d_kernel
+
+
+_BILINEAR, _ZEROS = 0, 0  # the operator's numbers for grid_sample's mode and padding
+
+
+def _look_up(x_BDHW: Tensor, grid_B9P2: Tensor) -> Tensor:
+    return F.grid_sample(
         x_BDHW.float(), grid_B9P2, mode="bilinear", padding_mode="zeros", align_corners=True
     )
-    weights_B19P = taps.mask_B9HW.float().flatten(2)[:, None]
-    return (values_BD9P * weights_B19P).to(x_BDHW.dtype).view(B, D * TAPS, -1)
 
 
 def _coordinates(taps: Taps) -> Tensor:
@@ -64,6 +94,19 @@ def resize_taps(taps: Taps, size: tuple[int, int]) -> Taps:
     )
 
 
+def misread_taps(taps: Taps, size: tuple[int, int]) -> Taps:
+    """What GLIP does instead of `resize_taps`: its kernel takes the buffers of the finer map for
+    flat ones of the coarser size and so uses their first numbers, from wrong places (facts A.6).
+
+    Released weights were trained with it.
+    """
+    h, w = size
+    return Taps(
+        offset_B18HW=taps.offset_B18HW.flatten(1)[:, : 2 * TAPS * h * w].unflatten(1, (-1, h, w)),
+        mask_B9HW=taps.mask_B9HW.flatten(1)[:, : TAPS * h * w].unflatten(1, (-1, h, w)),
+    )
+
+
 class DeformConv(nn.Module):
     """One modulated deformable convolution; the taps come from the caller."""
 
@@ -74,6 +117,26 @@ class DeformConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x_BDHW: Tensor, taps: Taps) -> Tensor:
-        """A map (B, D, H, W), looked up at the taps, to a map of the taps' H and W."""
-        out_BDP = self.weight.flatten(1) @ sample(x_BDHW, taps) + self.bias[:, None]
-        return out_BDP.view(*out_BDP.shape[:2], *taps.mask_B9HW.shape[2:])
+        """A map (B, D, H, W), looked up at the taps, to a map of the taps' H and W.
+
+        Bilinear, zero outside the map, times the taps' weights. Coordinates stay in fp32: bf16
+        could not tell neighbouring pixels of a wide map apart.
+        """
+        H, W = x_BDHW.shape[2:]
+        if min(H, W) == 1:  # align_corners has no scale for one pixel
+            x_BDHW = F.pad(x_BDHW, (0, int(W == 1), 0, int(H == 1)))
+        coordinates = _coordinates(taps)
+        to_grid = coordinates.new_tensor([2 / max(W - 1, 1), 2 / max(H - 1, 1)])
+        grid_B9P2 = (coordinates * to_grid - 1).flatten(2, 3)
+        weight_B9P = taps.mask_B9HW.float().flatten(2)
+        kernel = self.weight.flatten(1).to(_product_dtype(x_BDHW))
+        with torch.autocast(x_BDHW.device.type, enabled=False):
+            out_BDP = _SampledConv.apply(x_BDHW, grid_B9P2, weight_B9P, kernel)
+        out_BDP = out_BDP + self.bias.to(out_BDP.dtype)[:, None]
+        return out_BDP.unflatten(2, taps.mask_B9HW.shape[2:])
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product would be computed in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

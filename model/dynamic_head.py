@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glipv2.model.deform import TAPS, DeformConv, Taps, resize_taps
+from glipv2.model.deform import TAPS, DeformConv, Taps, misread_taps, resize_taps
 
 SQUEEZE = 4
 
@@ -24,7 +24,7 @@ class DyReLU(nn.Module):
         """Each (B, D, H, W) map by itself; all levels share the parameters."""
         pooled_LBD = torch.stack([x.mean(dim=(2, 3)) for x in maps])
         gates = F.hardsigmoid(self.expand(F.relu(self.squeeze(pooled_LBD)))) - 0.5
-        slope1, slope2, offset1, offset2 = gates[..., None, None].chunk(4, dim=2)
+        slope1, offset1, slope2, offset2 = gates[..., None, None].chunk(4, dim=2)
         slope1, slope2 = 2 * slope1 + 1, 2 * slope2
         return [
             torch.maximum(
@@ -41,8 +41,9 @@ class DyConv(nn.Module):
     through deformable convolutions that share the level's offsets.
     """
 
-    def __init__(self, width: int, groups: int) -> None:
+    def __init__(self, width: int, groups: int, glip_compatible: bool = False) -> None:
         super().__init__()
+        self.taps_below = misread_taps if glip_compatible else resize_taps
         self.offset = nn.Conv2d(width, 3 * TAPS, 3, padding=1)
         self.coarser, self.same, self.finer = (DeformConv(width) for _ in range(3))
         self.norm_coarser, self.norm_same, self.norm_finer = (
@@ -65,7 +66,7 @@ class DyConv(nn.Module):
                 branches.append(self.norm_finer(self.finer(maps[i - 1], replace(taps, stride=2))))
             if i + 1 < len(maps):
                 below = maps[i + 1]
-                small = resize_taps(taps, (below.shape[2], below.shape[3]))
+                small = self.taps_below(taps, (below.shape[2], below.shape[3]))
                 coarse = self.norm_coarser(self.coarser(below, small))
                 branches.append(
                     F.interpolate(coarse, size=x.shape[2:], mode="bilinear", align_corners=True)

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.bert.modeling_bert import BertLayer
 
-from glipv2.model import losses
+from glipv2.model import losses, understanding
 from glipv2.model.anchors import make_anchors
 from glipv2.model.assign import assign
 from glipv2.model.batch import Batch, Collectives, Outputs
@@ -17,12 +16,13 @@ from glipv2.model.heads import (
     AlignmentHead,
     BoxHead,
     ContrastHead,
-    MaskedWordHead,
+    WordHead,
     flatten_levels,
 )
 from glipv2.model.image_encoder import ImageEncoder
+from glipv2.model.mask_head import MaskHead, mask_loss
 from glipv2.model.pyramid import Pyramid
-from glipv2.model.text_encoder import TextEncoder, attention_bias, bert_config
+from glipv2.model.text_encoder import TextEncoder, TowerLayer, attention_bias
 
 
 class FusionBlock(nn.Module):
@@ -30,11 +30,10 @@ class FusionBlock(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        text = config.text_encoder
         if config.fusion:
             self.attention = ImageTextAttention(
                 image_width=config.width,
-                text_width=text.width,
+                text_width=config.text_encoder.width,
                 attention_width=config.fusion_width,
                 heads=config.fusion_heads,
                 dropout=config.fusion_dropout,
@@ -42,17 +41,20 @@ class FusionBlock(nn.Module):
                 if config.fusion_scale is None
                 else config.fusion_scale,
             )
-            self.words = BertLayer(bert_config(text))
+            self.words = TowerLayer(config.text_encoder, clamped=config.glip_compatible)
         self.fusion = config.fusion
-        self.maps = DyConv(config.width, config.group_norm_groups)
+        self.maps = DyConv(config.width, config.group_norm_groups, config.glip_compatible)
 
     def forward(
-        self, maps: list[Tensor], words_BTD: Tensor, token_mask_BT: Tensor
+        self, maps: list[Tensor], words_BTD: Tensor, token_mask_BT: Tensor, causal: bool
     ) -> tuple[list[Tensor], Tensor]:
-        """Maps (B, D, H, W), finest first, and words (B, T, D_text) to the same shapes."""
+        """Maps (B, D, H, W) of all levels and words (B, T, D_text) to the same shapes."""
         if self.fusion:
-            image_BND, words_BTD = self.attention(flatten_levels(maps), words_BTD, token_mask_BT)
-            words_BTD = self.words(words_BTD, attention_bias(token_mask_BT, words_BTD.dtype))
+            image_BND, words_BTD = self.attention(
+                flatten_levels(maps), words_BTD, token_mask_BT, image_reads_text=not causal
+            )
+            bias = attention_bias(token_mask_BT, words_BTD.dtype, causal)
+            words_BTD = self.words(words_BTD, bias)
             maps = _unflatten_levels(image_BND, maps)
         return self.maps(maps), words_BTD
 
@@ -78,8 +80,31 @@ class GLIPv2(nn.Module):
         self.blocks = nn.ModuleList(FusionBlock(config) for _ in range(config.fusion_blocks))
         self.box_head = BoxHead(config.width, config.levels)
         self.alignment_head = AlignmentHead(config.width, text_width, config.alignment_temperature)
-        self.masked_word_head = MaskedWordHead(text_width, config.text_encoder.vocab_size)
-        self.contrast_head = ContrastHead(config.width, text_width, config.contrast_width)
+        self.masked_word_head = (
+            WordHead(text_width, config.text_encoder.vocab_size) if config.masked_words else None
+        )
+        self.contrast_head = (
+            ContrastHead(config.width, text_width, config.contrast_width)
+            if config.contrast
+            else None
+        )
+        self.mask_head = MaskHead(config) if config.masks else None
+        self.answer_head = (
+            understanding.AnswerHead(text_width, len(config.answers)) if config.answers else None
+        )
+        self.caption_head = (
+            WordHead(text_width, config.text_encoder.vocab_size) if config.captions else None
+        )
+        table = torch.zeros(config.prompt_rows, text_width)
+        self.prompt_table = nn.Parameter(table) if config.prompt_rows else None
+
+    @classmethod
+    def from_pretrained(cls, url: str) -> "GLIPv2":
+        """The model of an exchange folder (path or URL); `weights.from_pretrained` without the
+        tokenizer."""
+        from glipv2.model.weights import from_pretrained  # which builds models itself
+
+        return from_pretrained(url)[0]
 
     def forward(
         self,
@@ -87,12 +112,16 @@ class GLIPv2(nn.Module):
         collectives: Collectives = Collectives(),  # noqa: B008 (frozen)
         weights: LossWeights = LossWeights(),  # noqa: B008 (frozen)
     ) -> dict[str, Tensor]:
-        """The loss terms of a batch: box, centerness, token, inter_image, mlm.
+        """The loss terms of a batch: box, centerness, token, and those that the model's heads add.
 
-        Each is unweighted and 0-dimensional, finite for images without boxes and texts without
-        masked words, and connected to the same parameters on every rank. Terms of weight 0 are
-        zeros that cost nothing. Every rank must call this equally often, with equally many images.
+        Questions have the one term answer, captions the one term caption, and ValueError if the
+        model has no head for them. Each is unweighted and 0-dimensional, finite for images without
+        boxes and texts without masked words, and connected to the same parameters on every rank.
+        Terms of weight 0 are zeros that cost nothing. Every rank must call this equally often, with
+        equally many images.
         """
+        if batch.task != "grounding":
+            return self._understanding(batch, collectives, weights)
         outputs = self.predict(
             batch.images_B3HW, batch.sizes_B2, batch.tokens_BT, batch.token_mask_BT
         )
@@ -110,35 +139,85 @@ class GLIPv2(nn.Module):
             "centerness": losses.centerness_loss(outputs.centerness_BA, targets, counts.positives),
             "token": losses.token_loss(outputs.token_logits_BAT, targets, batch, counts.positives),
         }
-        terms["inter_image"] = (
-            self._inter_image(outputs, targets, batch, counts.contrasted, collectives)
-            if weights.inter_image
-            else _untouched(self.contrast_head)
-        )
-        terms["mlm"] = (
-            self._masked_words(outputs, batch, counts.masked_words)
-            if weights.mlm
-            else _untouched(self.masked_word_head)
-        )
+        if self.contrast_head is not None:
+            terms["inter_image"] = (
+                self._inter_image(
+                    self.contrast_head, outputs, targets, batch, counts.contrasted, collectives
+                )
+                if weights.inter_image
+                else _untouched(self.contrast_head)
+            )
+        if self.masked_word_head is not None:
+            terms["mlm"] = (
+                self._masked_words(self.masked_word_head, outputs, batch, counts.masked_words)
+                if weights.mlm
+                else _untouched(self.masked_word_head)
+            )
+        if self.mask_head is not None:
+            terms["mask"] = (
+                mask_loss(
+                    self.mask_head, outputs, boxes_BA4, self.config.strides, batch, collectives
+                )
+                if weights.mask and batch.masks_BNSS is not None
+                else _untouched(self.mask_head)
+            )
+        for head in (self.answer_head, self.caption_head):
+            if head is not None:
+                terms["token"] = terms["token"] + _untouched(head)
         return terms
 
+    def _understanding(
+        self, batch: Batch, collectives: Collectives, weights: LossWeights
+    ) -> dict[str, Tensor]:
+        """The one term of a batch of questions or of captions, which leaves most heads unused."""
+        term = understanding.TERMS[batch.task]
+        loss = _untouched(self)
+        if getattr(weights, term):
+            loss = loss + understanding.task_loss(self, batch, collectives)
+        return {term: loss}
+
     def predict(
-        self, images_B3HW: Tensor, sizes_B2: Tensor, tokens_BT: Tensor, token_mask_BT: Tensor
+        self,
+        images_B3HW: Tensor,
+        sizes_B2: Tensor,
+        tokens_BT: Tensor,
+        token_mask_BT: Tensor,
+        causal: bool = False,
     ) -> Outputs:
-        """One pass over padded uint8 images, their (height, width), and one text for each."""
+        """One pass over padded uint8 images, their (height, width), and one text for each.
+
+        Causal: no word depends on a later one, neither directly nor through the image.
+        """
         pyramid = self.encode_images(images_B3HW, sizes_B2)
-        words_BTD = self.text_encoder(tokens_BT, token_mask_BT)
-        return self.fuse(pyramid, words_BTD, token_mask_BT)
+        words_BTD = self.encode_words(tokens_BT, token_mask_BT, causal)
+        return self.fuse(pyramid, words_BTD, token_mask_BT, causal)
+
+    def encode_words(
+        self, tokens_BT: Tensor, token_mask_BT: Tensor, causal: bool = False
+    ) -> Tensor:
+        """Unfused text features (B, T, D), which serve any number of images."""
+        words_BTD: Tensor = self.text_encoder(tokens_BT, token_mask_BT, causal)
+        if self.prompt_table is None:
+            return words_BTD
+        return words_BTD + self.prompt_table[: words_BTD.shape[1]]
 
     def encode_images(self, images_B3HW: Tensor, sizes_B2: Tensor) -> list[Tensor]:
         """The pyramid before fusion, which serves any number of texts about the same images."""
         return self.pyramid(self.image_encoder(images_B3HW, sizes_B2))
 
-    def fuse(self, pyramid: list[Tensor], words_BTD: Tensor, token_mask_BT: Tensor) -> Outputs:
+    def fuse(
+        self,
+        pyramid: list[Tensor],
+        words_BTD: Tensor,
+        token_mask_BT: Tensor,
+        causal: bool = False,
+    ) -> Outputs:
         """Unfused image and text features to outputs."""
         maps, fused_BTD = pyramid, words_BTD
+        if not self.config.fusion:  # GLIP-T(A) aligns with words whose padding is zeroed
+            fused_BTD = words_BTD * token_mask_BT[..., None]
         for block in self.blocks:
-            maps, fused_BTD = block(maps, fused_BTD, token_mask_BT)
+            maps, fused_BTD = block(maps, fused_BTD, token_mask_BT, causal)
         level_sizes = [(x.shape[2], x.shape[3]) for x in maps]
         locations_BAD = flatten_levels(maps)
         deltas_BA4, centerness_BA = self.box_head(locations_BAD, [h * w for h, w in level_sizes])
@@ -157,6 +236,7 @@ class GLIPv2(nn.Module):
 
     def _inter_image(
         self,
+        head: ContrastHead,
         outputs: Outputs,
         targets: losses.Targets,
         batch: Batch,
@@ -173,14 +253,16 @@ class GLIPv2(nn.Module):
             F.pad(outputs.words_BTD, (0, 0, 0, spare)),
             targets.matched_BA.gather(1, picked_BK),
             batch,
-            self.contrast_head,
+            head,
             normaliser,
             collectives,
         )
 
-    def _masked_words(self, outputs: Outputs, batch: Batch, normaliser: Tensor) -> Tensor:
+    def _masked_words(
+        self, head: WordHead, outputs: Outputs, batch: Batch, normaliser: Tensor
+    ) -> Tensor:
         asked_BT = batch.mlm_labels_BT != losses.IGNORED_WORD
-        logits_MV = self.masked_word_head(outputs.fused_words_BTD[asked_BT])
+        logits_MV = head(outputs.fused_words_BTD[asked_BT])
         return losses.masked_word_loss(logits_MV, batch.mlm_labels_BT[asked_BT], normaliser)
 
 

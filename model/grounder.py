@@ -1,43 +1,64 @@
 """The one way to get predictions: images and texts in, boxes in the images' own pixels out."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from glipv2.model.batch import Detection
+from glipv2.model.features import EncodedImages, Text, Words, encode_pictures, read_pictures
 from glipv2.model.glip import GLIPv2
-from glipv2.model.images import pad_images, resize, resized_size
-from glipv2.model.postprocess import MAX_DETECTIONS, MIN_PROBABILITY, detections
+from glipv2.model.image_input import Images, image_count
+from glipv2.model.mask_head import region_masks
+from glipv2.model.postprocess import (
+    MIN_PROBABILITY,
+    detections,
+    in_own_pixels,
+    merge,
+    suppress_across_phrases,
+)
 from glipv2.model.prompts import (
+    Caption,
     Prompt,
-    Spans,
-    caption_prompt,
     category_prompt,
+    grounding_prompt,
     split_categories,
     token_map,
 )
 from glipv2.model.tokenizer import Tokenizer, Tokens
+from glipv2.model.understanding import answer, generate
+from glipv2.model.weights import from_pretrained
 
 
-@dataclass(kw_only=True)
-class _Job:
-    """One image and one text for one pass of the fusion tower."""
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """A text that one pass of the fusion tower asks about an image."""
 
-    image: int
     prompt: Prompt
     tokens: Tokens
     labels: list[int]
     """Where each phrase of the prompt stands in the caller's list."""
 
+    @property
+    def text(self) -> Text:
+        return tuple(self.tokens.ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    batch_size: int
+    score_threshold: float
+    cross_phrase_nms: float | None = None
+    masks: bool = False
+
 
 class Grounder:
     """Finds phrases or categories in images, with any model that `build_model` built.
 
-    An image's boxes do not depend on what else is in its batch: only images of one padded size
-    share a batch, and texts are masked where they are padded. Puts the model into evaluation mode.
+    Images may be anything of `ImageInput`. An image's boxes do not depend on what else is in its
+    batch: only images of one padded size share a batch, and texts are masked where they are padded.
+    Puts the model into evaluation mode.
     """
 
     def __init__(self, model: GLIPv2, tokenizer: Tokenizer) -> None:
@@ -46,149 +67,215 @@ class Grounder:
         self.model = model.eval()
         self.tokenizer = tokenizer
 
+    @classmethod
+    def load(
+        cls,
+        folder_or_url: str,
+        device: torch.device | str = "cpu",
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ) -> "Grounder":
+        """The model of a folder with model.safetensors, config.json and vocab.txt.
+
+        ValueError if the folder lacks one of them; bfloat16 is for GPUs.
+        """
+        model, tokenizer = from_pretrained(folder_or_url)
+        return cls(model.to(device, getattr(torch, precision)), tokenizer)
+
     def ground(
         self,
-        images: Sequence[Tensor],
-        prompts: Sequence[tuple[str, Sequence[Spans]]],
+        images: Images,
+        captions: Sequence[Caption],
         batch_size: int = 8,
         score_threshold: float = MIN_PROBABILITY,
+        cross_phrase_nms: float | None = None,
+        masks: bool = False,
     ) -> list[Detection]:
-        """Find the phrases of one caption in each uint8 RGB (3, H, W) image.
+        """Find the phrases of one caption in each image.
 
-        A prompt is a caption and, per phrase, its [start, end) character spans. Labels count the
-        phrases of the image's own prompt. A phrase cut off with the end of a too long caption
-        finds nothing.
+        Labels count the phrases of the image's own caption; a phrase cut off with the end of a too
+        long caption finds nothing. With `cross_phrase_nms`, of boxes that overlap more than this
+        only the best stays, whatever their phrases. ValueError names an image that can't be read
+        or a phrase that is not in its caption.
         """
-        jobs = []
-        for image, (caption, spans) in enumerate(prompts):
-            prompt = caption_prompt(caption, spans)
-            tokens = self.tokenizer.encode(caption)
+        _check_one_each(images, captions, "captions")
+        questions = []
+        for caption in captions:
+            prompt = grounding_prompt(caption)
+            tokens = self.tokenizer.encode(prompt.text)
             labels = list(range(len(prompt.spans)))
-            jobs.append(_Job(image=image, prompt=prompt, tokens=tokens, labels=labels))
-        names = [job.prompt.phrases for job in jobs]
-        return self._run(images, jobs, names, batch_size, score_threshold)
+            questions.append([_Question(prompt=prompt, tokens=tokens, labels=labels)])
+        settings = _Settings(
+            batch_size=batch_size,
+            score_threshold=score_threshold,
+            cross_phrase_nms=cross_phrase_nms,
+            masks=masks,
+        )
+        names = [question.prompt.phrases for (question,) in questions]
+        return self._run(images, questions, names, settings)
 
     def detect(
         self,
-        images: Sequence[Tensor],
+        images: Images,
         categories: Sequence[str] | Sequence[Sequence[str]],
         max_categories_per_prompt: int | None = None,
         batch_size: int = 8,
         score_threshold: float = MIN_PROBABILITY,
+        masks: bool = False,
     ) -> list[Detection]:
-        """Find categories, the same for all uint8 RGB (3, H, W) images or a list for each.
+        """Find categories, the same for all images or a list for each.
 
         More categories than fit one prompt (or than `max_categories_per_prompt`) are asked for in
         several, about the same image features. Labels count the caller's categories; at most 100
-        boxes of an image are kept over all prompts.
+        boxes of an image are kept over all prompts. ValueError names an image that can't be read.
         """
-        if categories and not isinstance(categories[0], str):
-            names = [[str(name) for name in per_image] for per_image in categories]
-        else:
-            names = [[str(name) for name in categories]] * len(images)
-        if len(names) != len(images):
-            raise ValueError(f"{len(names)} category lists for {len(images)} images")
-        jobs = []
-        for image, wanted in enumerate(names):
-            for labels in split_categories(wanted, self.tokenizer, max_categories_per_prompt):
-                prompt = category_prompt([wanted[label] for label in labels])
-                tokens = self.tokenizer.encode(prompt.text)
-                jobs.append(_Job(image=image, prompt=prompt, tokens=tokens, labels=labels))
-        return self._run(images, jobs, names, batch_size, score_threshold)
+        if isinstance(categories, str):
+            raise ValueError(f"categories must be a list, not the text {categories!r}")
+        one_list = not len(categories) or isinstance(categories[0], str)
+        lists = [categories] * image_count(images) if one_list else categories
+        _check_one_each(images, lists, "category lists")
+        names = [tuple(str(name) for name in own) for own in lists]
+        chunks = {own: self._chunks(own, max_categories_per_prompt) for own in set(names)}
+        settings = _Settings(batch_size=batch_size, score_threshold=score_threshold, masks=masks)
+        return self._run(
+            images, [chunks[own] for own in names], [list(own) for own in names], settings
+        )
+
+    @torch.inference_mode()
+    def answer(
+        self, images: Images, questions: Sequence[str], top: int = 1, batch_size: int = 8
+    ) -> list[list[tuple[str, float]]]:
+        """The `top` answers to one question about each image, with probabilities, best first.
+
+        ValueError if the model has no question answering head.
+        """
+        _check_one_each(images, questions, "questions")
+        texts = [tuple(self.tokenizer.encode(question).ids) for question in questions]
+        words = Words(self.model, texts)
+        answers: dict[int, list[tuple[str, float]]] = {}
+        for batch in self._encoded(images, batch_size):
+            outputs = self.model.fuse(batch.pyramid, *words([texts[n] for n in batch.numbers]))
+            answers.update(zip(batch.numbers, answer(self.model, outputs, top), strict=True))
+        return [answers[number] for number in range(image_count(images))]
+
+    @torch.inference_mode()
+    def caption(
+        self,
+        images: Images,
+        beams: int = 5,
+        max_words: int = 20,
+        length_penalty: float = 1.0,
+        batch_size: int = 8,
+    ) -> list[tuple[str, float]]:
+        """A caption of each image and its mean log probability; see `understanding.generate`.
+
+        ValueError if the model has no captioning head.
+        """
+        captions: dict[int, tuple[str, float]] = {}
+        for batch in self._encoded(images, batch_size):
+            written = generate(
+                self.model, self.tokenizer, batch.pyramid, beams, max_words, length_penalty
+            )
+            captions.update(zip(batch.numbers, written, strict=True))
+        return [captions[number] for number in range(image_count(images))]
+
+    def _encoded(self, images: Images, batch_size: int) -> Iterator[EncodedImages]:
+        pictures = read_pictures(images, self.model.config.input)
+        return encode_pictures(self.model, dict(enumerate(pictures)), batch_size)
+
+    def _chunks(self, names: Sequence[str], max_categories: int | None) -> list[_Question]:
+        """The prompts that ask for all categories."""
+        blank = [number for number, name in enumerate(names) if not name.strip()]
+        if blank:
+            raise ValueError(f"category {blank[0]} of {len(names)} is blank")
+        if max_categories is not None and max_categories < 1:
+            raise ValueError(f"max_categories_per_prompt must be positive, not {max_categories}")
+        questions = []
+        for labels in split_categories(names, self.tokenizer, max_categories):
+            prompt = category_prompt([names[label] for label in labels])
+            tokens = self.tokenizer.encode(prompt.text)
+            questions.append(_Question(prompt=prompt, tokens=tokens, labels=labels))
+        return questions
 
     @torch.inference_mode()
     def _run(
         self,
-        images: Sequence[Tensor],
-        jobs: list[_Job],
+        images: Images,
+        questions: list[list[_Question]],
         names: list[list[str]],
-        batch_size: int,
-        score_threshold: float,
+        settings: _Settings,
     ) -> list[Detection]:
-        jobs_of: dict[int, list[_Job]] = defaultdict(list)
-        for job in jobs:
-            jobs_of[job.image].append(job)
-        parts: dict[int, list[Detection]] = defaultdict(list)
-        for pyramid, sizes_B2, numbers in self._encoded(images, batch_size):
-            own = [(row, job) for row, image in enumerate(numbers) for job in jobs_of[image]]
-            for first in range(0, len(own), batch_size):
-                group = [job for _, job in own[first : first + batch_size]]
-                rows = torch.tensor([row for row, _ in own[first : first + batch_size]])
-                found = self._answer(
-                    [x[rows.to(x.device)] for x in pyramid], sizes_B2[rows], group, score_threshold
-                )
-                for job, detection, size in zip(group, found, sizes_B2[rows], strict=True):
-                    parts[job.image].append(
-                        _in_own_terms(detection, job.labels, images[job.image], size)
-                    )
-        return [_merge(parts[image], names[image]) for image in range(len(images))]
+        """Ask all questions about each image and keep the best boxes, in the caller's labels."""
+        if settings.masks and self.model.mask_head is None:
+            raise ValueError("this model has no mask head: it was built with model.masks false")
+        pictures = dict(enumerate(read_pictures(images, self.model.config.input)))
+        asked = {number: picture for number, picture in pictures.items() if names[number]}
+        words = Words(self.model, (q.text for number in asked for q in questions[number]))
+        results = {
+            number: _nothing(names[number], picture.own_size if settings.masks else None)
+            for number, picture in pictures.items()
+        }
+        for batch in encode_pictures(self.model, asked, settings.batch_size):
+            todo = [(row, q) for row, n in enumerate(batch.numbers) for q in questions[n]]
+            parts: list[list[Detection]] = [[] for _ in batch.numbers]
+            for first in range(0, len(todo), settings.batch_size):
+                rows, group = zip(*todo[first : first + settings.batch_size], strict=True)
+                found = self._ask(_rows(batch, rows), group, words, settings)
+                for row, detection in zip(rows, found, strict=True):
+                    parts[row].append(detection)
+            for number, own in zip(batch.numbers, parts, strict=True):
+                picture = pictures[number]
+                best = merge(own, names[number])
+                results[number] = in_own_pixels(best, picture.size, picture.own_size)
+        return list(results.values())
 
-    def _encoded(
-        self, images: Sequence[Tensor], batch_size: int
-    ) -> Iterator[tuple[list[Tensor], Tensor, list[int]]]:
-        """Pyramid, resized sizes and image numbers of batches of equally padded images."""
-        settings = self.model.config.input
-        device = self.model.alignment_head.bias0.device
-        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for number, image in enumerate(images):
-            height, width = image.shape[1:]
-            size = resized_size(height, width, settings.short_side, settings.long_side)
-            by_shape[settings.pad_to or tuple(-(-side // 32) for side in size)].append(number)
-        for members in by_shape.values():
-            for first in range(0, len(members), batch_size):
-                numbers = members[first : first + batch_size]
-                resized = [
-                    resize(images[n], settings.short_side, settings.long_side) for n in numbers
-                ]
-                images_B3HW, sizes_B2 = pad_images(resized, settings.pad_to)
-                pyramid = self.model.encode_images(images_B3HW.to(device), sizes_B2.to(device))
-                yield pyramid, sizes_B2, numbers
-
-    def _answer(
-        self, pyramid: list[Tensor], sizes_B2: Tensor, jobs: list[_Job], score_threshold: float
+    def _ask(
+        self,
+        images: EncodedImages,
+        questions: Sequence[_Question],
+        words: Words,
+        settings: _Settings,
     ) -> list[Detection]:
-        """Detections of a group of jobs, in pixels of the resized images, labels as in the job."""
-        texts = list({tuple(job.tokens.ids): None for job in jobs})
-        length = max(len(text) for text in texts)
-        padded = [[*text, *[self.tokenizer.pad_id] * (length - len(text))] for text in texts]
-        lengths = torch.tensor([len(text) for text in texts])
-        device = pyramid[0].device
-        mask_UT = (torch.arange(length) < lengths[:, None]).to(device)
-        words_UTD = self.model.text_encoder(torch.tensor(padded).to(device), mask_UT)
-        rows = torch.tensor([texts.index(tuple(job.tokens.ids)) for job in jobs]).to(device)
-        outputs = self.model.fuse(pyramid, words_UTD[rows], mask_UT[rows])
-        maps = [torch.from_numpy(token_map(job.tokens, job.prompt.spans)) for job in jobs]
-        return detections(
-            outputs, maps, [job.prompt.phrases for job in jobs], sizes_B2, score_threshold
-        )
+        """One question about each image: boxes in pixels of the resized images, masks as
+        probabilities (K, S, S) inside their boxes."""
+        outputs = self.model.fuse(images.pyramid, *words([q.text for q in questions]))
+        maps = [torch.from_numpy(token_map(q.tokens, q.prompt.spans)) for q in questions]
+        phrases = [q.prompt.phrases for q in questions]
+        found = detections(outputs, maps, phrases, images.sizes_B2, settings.score_threshold)
+        if settings.cross_phrase_nms is not None:
+            found = [suppress_across_phrases(d, settings.cross_phrase_nms) for d in found]
+        if settings.masks:
+            boxes, labels = [d.boxes_K4 for d in found], [d.labels_K for d in found]
+            masks = region_masks(self.model, outputs, maps, boxes, labels)
+            found = [replace(d, masks_KHW=m) for d, m in zip(found, masks, strict=True)]
+        return [
+            replace(d, labels_K=torch.tensor(q.labels, dtype=torch.int64)[d.labels_K])
+            for d, q in zip(found, questions, strict=True)
+        ]
 
 
-def _in_own_terms(
-    detection: Detection, labels: list[int], image_3HW: Tensor, resized_2: Tensor
-) -> Detection:
-    """Boxes in pixels of the image as given, labels in the caller's numbering."""
-    own_2 = torch.tensor(image_3HW.shape[1:], dtype=torch.float32)
-    ratio_xy = (own_2 / resized_2).flip(0)
+def _nothing(names: list[str], mask_size: tuple[int, int] | None) -> Detection:
+    """What is found where nothing is asked; with no masks of that size, or without masks."""
     return Detection(
-        boxes_K4=detection.boxes_K4 * ratio_xy.repeat(2),
-        scores_K=detection.scores_K,
-        labels_K=torch.tensor(labels, dtype=torch.int64)[detection.labels_K],
-        names=detection.names,
-    )
-
-
-def _merge(parts: list[Detection], names: list[str]) -> Detection:
-    """The best boxes of all prompts about one image, best first; none if nothing was asked."""
-    if not parts:
-        nothing = torch.zeros(0)
-        return Detection(
-            boxes_K4=torch.zeros(0, 4), scores_K=nothing, labels_K=nothing.long(), names=names
-        )
-    scores = torch.cat([part.scores_K for part in parts])
-    order = scores.argsort(descending=True, stable=True)[:MAX_DETECTIONS]
-    return Detection(
-        boxes_K4=torch.cat([part.boxes_K4 for part in parts])[order],
-        scores_K=scores[order],
-        labels_K=torch.cat([part.labels_K for part in parts])[order],
+        boxes_K4=torch.zeros(0, 4),
+        scores_K=torch.zeros(0),
+        labels_K=torch.zeros(0, dtype=torch.int64),
         names=names,
+        masks_KHW=None if mask_size is None else torch.zeros(0, *mask_size, dtype=torch.bool),
     )
+
+
+def _rows(batch: EncodedImages, rows: Sequence[int]) -> EncodedImages:
+    """Some images of a batch, perhaps the same one several times."""
+    index = torch.tensor(rows)
+    return EncodedImages(
+        numbers=[batch.numbers[row] for row in rows],
+        pyramid=[x[index.to(x.device)] for x in batch.pyramid],
+        sizes_B2=batch.sizes_B2[index],
+    )
+
+
+def _check_one_each(images: Images, others: Sequence[object], what: str) -> None:
+    count = image_count(images)
+    if isinstance(others, str) or len(others) != count:
+        found = "a text" if isinstance(others, str) else str(len(others))
+        raise ValueError(f"{count} images need a list of as many {what}, not {found}")

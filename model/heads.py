@@ -63,8 +63,11 @@ class AlignmentHead(nn.Module):
         return logits_BAT.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
 
-class MaskedWordHead(nn.Module):
-    """BERT's word prediction, on fused words; the decoder is not tied to the embeddings."""
+class WordHead(nn.Module):
+    """BERT's word prediction, on fused words; the decoder is not tied to the embeddings.
+
+    One predicts masked words, another the next word of a caption.
+    """
 
     def __init__(self, text_width: int, vocab_size: int) -> None:
         super().__init__()

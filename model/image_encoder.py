@@ -1,14 +1,47 @@
 """Swin Transformer of timm: an image to feature maps of strides 8, 16 and 32."""
 
 import torch
-from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer import (
+    SwinTransformer,
+    SwinTransformerBlock,
+    window_partition,
+)
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from glipv2.model.config import ImageEncoderConfig
 
 # ImageNet statistics in 0-255, as GLIP has them, in the BGR order that its weights expect.
 _MEAN_BGR = (103.530, 116.280, 123.675)
 _STD_BGR = (57.375, 57.120, 58.395)
+
+
+class _PaddedBlock(SwinTransformerBlock):
+    """Pads maps to whole windows before the cyclic shift, as GLIP does; timm pads after it.
+
+    The two differ where a map is no multiple of the window, as most images are.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        bottom, right = -height % self.window_size[0], -width % self.window_size[1]
+        return super()._attn(F.pad(x, (0, 0, 0, right, 0, bottom)))[:, :height, :width]
+
+    def get_attn_mask(self, x: Tensor) -> Tensor | None:  # type: ignore[override]
+        """timm's mask of shifted windows, in operations that torch.compile can build."""
+        if not any(self.shift_size):
+            return None
+        rows, columns = (
+            (torch.arange(size, device=x.device) >= size - window).int()
+            + (torch.arange(size, device=x.device) >= size - shift).int()
+            for size, window, shift in zip(
+                x.shape[1:3], self.window_size, self.shift_size, strict=True
+            )
+        )
+        region_HW = 3 * rows[:, None] + columns
+        region_WP = window_partition(region_HW[None, ..., None], self.window_size).flatten(1)
+        apart_WPP = region_WP[:, None] != region_WP[:, :, None]
+        return torch.where(apart_WPP, -100.0, 0.0).to(x.dtype)
 
 
 class ImageEncoder(nn.Module):
@@ -30,6 +63,9 @@ class ImageEncoder(nn.Module):
             # depend on the size the module was built for.
             always_partition=True,
         )
+        for stage in self.swin.layers:
+            for block in stage.blocks:
+                block.__class__ = _PaddedBlock  # timm has no argument for the kind of block
         # The classifier's norm would be a parameter without a gradient.
         self.swin.norm = nn.Identity()
         self.widths = [config.embed_dim * 2**stage for stage in (1, 2, 3)]

@@ -6,9 +6,11 @@ divides by zero: `Normalisers` falls back to the number of images, also averaged
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from glipv2.model.batch import Batch, Collectives
@@ -116,13 +118,50 @@ def token_loss(logits_BAT: Tensor, targets: Targets, batch: Batch, normaliser: T
 
     Special tokens, separators and the words of other boxes are negatives.
     """
-    target_BAT = anchor_words(targets.matched_BA, batch.positive_BNT).float()
-    logits_BAT = logits_BAT.float()
-    # With the sign flipped for negatives, one formula serves both.
-    margin_BAT = logits_BAT * (2 * target_BAT - 1)
-    weight_BAT = (1 - FOCAL_ALPHA) + (2 * FOCAL_ALPHA - 1) * target_BAT
-    loss_BAT = weight_BAT * (-margin_BAT).sigmoid() ** FOCAL_GAMMA * F.softplus(-margin_BAT)
-    return (loss_BAT * batch.token_mask_BT[:, None]).sum() / normaliser
+    # One more row is that of the background: its tokens are all negatives.
+    positive_BNT = F.pad(batch.positive_BNT, (0, 0, 0, 1))
+    row_BA = targets.matched_BA % positive_BNT.shape[1]
+    weight_BNT = torch.where(positive_BNT, FOCAL_ALPHA, FOCAL_ALPHA - 1)
+    weight_BNT = weight_BNT * batch.token_mask_BT[:, None]
+    return _FocalSum.apply(logits_BAT, weight_BNT, row_BA) / normaliser
+
+
+class _FocalSum(torch.autograd.Function):
+    """Sum of |weight| (1 - p)^gamma (-log p), p the probability of what the weight's sign says.
+
+    Takes logits (B, A, T), weights (B, N, T) that are positive where a token should be found, and
+    which row of weights holds for an anchor (B, A). The gradient is written out, image by image:
+    autograd would keep ten tensors as large as the logits, this keeps none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_BAT: Tensor, weight_BNT: Tensor, row_BA: Tensor) -> Tensor:
+        ctx.save_for_backward(logits_BAT, weight_BNT, row_BA)
+        sums = []
+        for image in zip(logits_BAT, weight_BNT, row_BA, strict=True):
+            weight_AT, miss_AT, surprise_AT = _focal_parts(*image)
+            sums.append((miss_AT**FOCAL_GAMMA).mul_(surprise_AT).mul_(weight_AT.abs()).sum())
+        return torch.stack(sums).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor, None, None]:
+        logits_BAT, weight_BNT, row_BA = ctx.saved_tensors
+        d_logits_BAT = torch.empty_like(logits_BAT)
+        for d_AT, *image in zip(d_logits_BAT, logits_BAT, weight_BNT, row_BA, strict=True):
+            weight_AT, miss_AT, surprise_AT = _focal_parts(*image)
+            steepness_AT = torch.addcmul(miss_AT, 1 - miss_AT, surprise_AT, value=FOCAL_GAMMA)
+            d_AT.copy_((miss_AT**FOCAL_GAMMA).mul_(steepness_AT).mul_(weight_AT).mul_(-d_sum))
+        return d_logits_BAT, None, None
+
+
+def _focal_parts(
+    logits_AT: Tensor, weight_NT: Tensor, row_A: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, 1 - p and -log p, each float32 (A, T)."""
+    weight_AT = weight_NT[row_A]
+    against_AT = weight_AT.sign().neg_().mul_(logits_AT)
+    return weight_AT, against_AT.sigmoid(), F.softplus(against_AT)
 
 
 def anchor_words(matched: Tensor, positive_BNT: Tensor) -> Tensor:

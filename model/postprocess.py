@@ -1,12 +1,14 @@
 """From outputs to boxes with phrases and scores (facts D.1)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from glipv2.model.batch import Detection, Outputs
 from glipv2.model.boxes import clip, decode, suppress
+from glipv2.model.mask_head import paste_masks
 
 MIN_PROBABILITY = 0.05
 """Region-phrase probability below which a location is not looked at, before centerness."""
@@ -29,19 +31,9 @@ def detections(
     (height, width) `sizes_B2[b]`. score = sqrt(mean token probability x centerness); overlaps of
     one phrase are suppressed, overlaps of different phrases are not.
     """
-    boxes_BA4 = decode(outputs.deltas_BA4.float(), outputs.anchors_A4)
-    centerness_BA = outputs.centerness_BA.float().sigmoid()
-    anchors_per_level = [h * w for h, w in outputs.level_sizes]
     found = []
     for b, (tokens_PT, phrases) in enumerate(zip(phrase_tokens, names, strict=True)):
-        tokens_PT = tokens_PT.to(centerness_BA.device)
-        probability_AP = _phrase_probability(
-            outputs.token_logits_BAT[b, :, : tokens_PT.shape[1]], tokens_PT
-        )
-        places, labels = _candidates(probability_AP, centerness_BA[b], anchors_per_level)
-        scores = (probability_AP[places, labels] * centerness_BA[b, places]).sqrt()
-        height, width = sizes_B2[b].tolist()
-        boxes = clip(boxes_BA4[b, places], height, width)
+        boxes, scores, labels = candidates(outputs, b, tokens_PT, sizes_B2[b])
         kept = suppress(boxes, scores, labels, NMS_THRESHOLD)
         kept = _best(kept, scores, score_threshold)
         found.append(
@@ -55,6 +47,74 @@ def detections(
     return found
 
 
+def candidates(
+    outputs: Outputs, image: int, tokens_PT: Tensor, size_2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What one image offers before suppression: boxes (K, 4), scores (K,) and phrases (K,)."""
+    tokens_PT = tokens_PT.to(outputs.token_logits_BAT.device)
+    centerness_A = outputs.centerness_BA[image].float().sigmoid()
+    probability_AP = _phrase_probability(
+        outputs.token_logits_BAT[image, :, : tokens_PT.shape[1]], tokens_PT
+    )
+    anchors_per_level = [h * w for h, w in outputs.level_sizes]
+    places_K, labels_K = _best_pairs(probability_AP, centerness_A, anchors_per_level)
+    scores_K = (probability_AP[places_K, labels_K] * centerness_A[places_K]).sqrt()
+    boxes_A4 = decode(outputs.deltas_BA4[image].float(), outputs.anchors_A4)
+    height, width = size_2.tolist()
+    return clip(boxes_A4[places_K], height, width), scores_K, labels_K
+
+
+def suppress_across_phrases(detection: Detection, overlap: float) -> Detection:
+    """Of boxes that overlap more than this only the best stays, whatever their phrases.
+
+    One object is named once, so a phrase for something absent can't claim what another names.
+    """
+    one_phrase_K = torch.zeros_like(detection.labels_K)
+    kept = suppress(detection.boxes_K4, detection.scores_K, one_phrase_K, overlap)
+    return _choose(detection, kept)
+
+
+def merge(parts: Sequence[Detection], names: list[str]) -> Detection:
+    """The best 100 boxes of several detections in one image, labelled with the same `names`."""
+    masks = [part.masks_KHW for part in parts if part.masks_KHW is not None]
+    everything = Detection(
+        boxes_K4=torch.cat([part.boxes_K4 for part in parts]),
+        scores_K=torch.cat([part.scores_K for part in parts]),
+        labels_K=torch.cat([part.labels_K for part in parts]),
+        names=names,
+        masks_KHW=torch.cat(masks) if masks else None,
+    )
+    order = everything.scores_K.argsort(descending=True, stable=True)
+    return _choose(everything, order[:MAX_DETECTIONS])
+
+
+def in_own_pixels(
+    detection: Detection, resized: tuple[int, int], own: tuple[int, int]
+) -> Detection:
+    """A detection in a resized image, in pixels of the image as given; sizes are (height, width).
+
+    Its masks, if any, are those of `mask_head.region_masks`.
+    """
+    ratio_xy = torch.tensor([own[1] / resized[1], own[0] / resized[0]])
+    boxes_K4 = detection.boxes_K4 * ratio_xy.repeat(2)
+    masks_KSS = detection.masks_KHW
+    if masks_KSS is None:
+        return replace(detection, boxes_K4=boxes_K4)
+    masks_KHW = paste_masks(masks_KSS, boxes_K4.to(masks_KSS.device), *own).cpu()
+    return replace(detection, boxes_K4=boxes_K4, masks_KHW=masks_KHW)
+
+
+def _choose(detection: Detection, index_K: Tensor) -> Detection:
+    masks_KHW = detection.masks_KHW
+    return replace(
+        detection,
+        boxes_K4=detection.boxes_K4[index_K],
+        scores_K=detection.scores_K[index_K],
+        labels_K=detection.labels_K[index_K],
+        masks_KHW=None if masks_KHW is None else masks_KHW[index_K],
+    )
+
+
 def _phrase_probability(logits_AT: Tensor, tokens_PT: Tensor) -> Tensor:
     """Mean of the token probabilities of each phrase: (A, P)."""
     weights_TP = tokens_PT.float().T
@@ -62,7 +122,7 @@ def _phrase_probability(logits_AT: Tensor, tokens_PT: Tensor) -> Tensor:
     return logits_AT.float().sigmoid() @ weights_TP
 
 
-def _candidates(
+def _best_pairs(
     probability_AP: Tensor, centerness_A: Tensor, anchors_per_level: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Anchors and phrases of each level's best pairs above MIN_PROBABILITY."""

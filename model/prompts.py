@@ -14,6 +14,10 @@ from glipv2.model.tokenizer import Tokenizer, Tokens
 SEPARATOR = ". "
 Span = tuple[int, int]
 Spans = Sequence[Span]
+Caption = str | tuple[str, Sequence[str | Spans]]
+"""What to ground: a text whose sentences are the phrases ("a red square. a blue circle."), or a
+text with its phrases, each as its words or as its [start, end) character spans."""
+_SENTENCE = re.compile(r"(?:[^.]|(?<=\d)\.(?=\d))+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +52,60 @@ def category_prompt(names: Sequence[str]) -> Prompt:
     return Prompt(text=text, spans=tuple(spans))
 
 
-def caption_prompt(caption: str, spans_per_phrase: Sequence[Spans]) -> Prompt:
-    """A caption as it stands, with the spans of its phrases; ValueError if a span is outside it."""
-    for spans in spans_per_phrase:
-        for start, end in spans:
-            if not 0 <= start < end <= len(caption):
-                raise ValueError(f"span [{start}, {end}) is outside a text of {len(caption)}")
-    return Prompt(text=caption, spans=tuple(tuple(spans) for spans in spans_per_phrase))
+def caption_prompt(caption: str, phrases: Sequence[str | Spans]) -> Prompt:
+    """A caption as it stands, with its phrases, given as words or as character spans.
+
+    ValueError names a phrase that is not in the caption.
+    """
+    words = locate(caption, [phrase for phrase in phrases if isinstance(phrase, str)])
+    spans = [[words.pop(0)] if isinstance(phrase, str) else phrase for phrase in phrases]
+    for start, end in (span for phrase in spans for span in phrase):
+        if not 0 <= start < end <= len(caption):
+            raise ValueError(f"span [{start}, {end}) is outside a text of {len(caption)}")
+    return Prompt(text=caption, spans=tuple(tuple(phrase) for phrase in spans))
+
+
+def grounding_prompt(caption: Caption) -> Prompt:
+    """The prompt of a `Caption`; ValueError says what is wrong with it."""
+    if isinstance(caption, str):
+        sentences = [match.span() for match in _SENTENCE.finditer(caption)]
+        spans = [_without_spaces(caption, span) for span in sentences]
+        return caption_prompt(caption, [[(a, b)] for a, b in spans if a < b])
+    text, phrases = caption
+    if isinstance(phrases, str):
+        raise ValueError(f"the phrases of {text!r} must be a list, not the text {phrases!r}")
+    return caption_prompt(text, phrases)
+
+
+def locate(caption: str, phrases: Sequence[str]) -> list[Span]:
+    """Where each phrase stands in the caption: whole words, in any case and with any white space.
+
+    Phrases avoid each other where they can; longer ones choose first, then earlier ones. So
+    "square" asked twice is the first and the second square, and next to "red square" it is another
+    one. ValueError names a phrase that does not occur.
+    """
+    chosen: dict[int, Span] = {}
+    for number in sorted(range(len(phrases)), key=lambda number: -len(phrases[number])):
+        spans = _occurrences(caption, phrases[number])
+        if not spans:
+            raise ValueError(f"the phrase {phrases[number]!r} is not in the caption {caption!r}")
+        taken = list(chosen.values())
+        free = [(a, b) for a, b in spans if all(b <= start or end <= a for start, end in taken)]
+        chosen[number] = (free or spans)[0]
+    return [chosen[number] for number in range(len(phrases))]
+
+
+def _occurrences(caption: str, phrase: str) -> list[Span]:
+    words = [re.escape(word) for word in phrase.split()]
+    if not words:
+        return []
+    pattern = r"(?<!\w)" + r"\s+".join(words) + r"(?!\w)"
+    return [match.span() for match in re.finditer(pattern, caption, re.IGNORECASE)]
+
+
+def _without_spaces(text: str, span: Span) -> Span:
+    part = text[slice(*span)]
+    return span[0] + len(part) - len(part.lstrip()), span[1] - len(part) + len(part.rstrip())
 
 
 def token_map(tokens: Tokens, spans_per_phrase: Sequence[Spans]) -> np.ndarray:

@@ -1,12 +1,14 @@
-"""A model as a set of files, and back. Bytes only: where they are kept is the caller's business."""
+"""A model as a folder of files, and back."""
 
 import json
 
+import fsspec
 from safetensors.torch import load, save
 
 from glipv2.model.config import config_from_dict, config_to_dict
 from glipv2.model.glip import GLIPv2, build_model
 from glipv2.model.tokenizer import Tokenizer
+from glipv2.model.urls import scheme_of
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -36,6 +38,21 @@ def model_from_files(files: dict[str, bytes]) -> tuple[GLIPv2, Tokenizer]:
         files[VOCABULARY].decode().splitlines(), config.text_encoder.max_tokens
     )
     return model, tokenizer
+
+
+def from_pretrained(url: str) -> tuple[GLIPv2, Tokenizer]:
+    """Model and tokenizer of a folder, given as a path or as a URL that fsspec knows.
+
+    ValueError names what the folder lacks or which parameters differ.
+    """
+    scheme_of(url)
+    filesystem, folder = fsspec.url_to_fs(url)
+    names = (WEIGHTS, CONFIG, VOCABULARY)
+    paths = {name: f"{folder.rstrip('/')}/{name}" for name in names}
+    missing = [name for name, path in paths.items() if not filesystem.exists(path)]
+    if missing:
+        raise ValueError(f"{url} is not the folder of a model: it has no {', '.join(missing)}")
+    return model_from_files({name: filesystem.cat_file(path) for name, path in paths.items()})
 
 
 def load_weights(model: GLIPv2, data: bytes) -> None:

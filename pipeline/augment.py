@@ -1,4 +1,4 @@
-"""What training does to a picture and its boxes: a random size and a flip."""
+"""What training does to a picture, its boxes and their masks: a random size and a flip."""
 
 import re
 from dataclasses import dataclass
@@ -23,20 +23,30 @@ class Augmentation:
     """Probability of a horizontal flip."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image and what is known of its N regions."""
+
+    image_3HW: Tensor
+    """uint8."""
+    boxes_N4: Tensor
+    """float32 xyxy in pixels of the image."""
+    masks_NSS: np.ndarray | None = None
+    """uint8, each in the frame of its box, so that they have no size in pixels."""
+
+
 def augment(
-    image_3HW: Tensor,
-    boxes_N4: Tensor,
-    text: str,
-    settings: Augmentation,
-    rng: np.random.Generator,
-) -> tuple[Tensor, Tensor]:
-    """The picture (uint8) and its boxes (float32 xyxy in pixels of the result)."""
+    picture: Picture, text: str, settings: Augmentation, rng: np.random.Generator
+) -> Picture:
+    """The picture as training sees it this time; `text` is what is claimed of it."""
     flip, short_side = rng.random() < settings.flip, rng.choice(settings.short_sides)
-    resized_3HW = resize(image_3HW, int(short_side), settings.long_side)
-    boxes_N4 = scale_boxes(boxes_N4, image_3HW.shape, resized_3HW.shape)
-    if flip and not SIDED.search(text):
-        return mirror(resized_3HW, boxes_N4)
-    return resized_3HW, boxes_N4
+    resized_3HW = resize(picture.image_3HW, int(short_side), settings.long_side)
+    resized = Picture(
+        image_3HW=resized_3HW,
+        boxes_N4=scale_boxes(picture.boxes_N4, picture.image_3HW.shape, resized_3HW.shape),
+        masks_NSS=picture.masks_NSS,
+    )
+    return mirror(resized) if flip and not SIDED.search(text) else resized
 
 
 def scale_boxes(boxes_N4: Tensor, before: torch.Size, after: torch.Size) -> Tensor:
@@ -45,8 +55,13 @@ def scale_boxes(boxes_N4: Tensor, before: torch.Size, after: torch.Size) -> Tens
     return boxes_N4 * boxes_N4.new_tensor([x, y, x, y])
 
 
-def mirror(image_3HW: Tensor, boxes_N4: Tensor) -> tuple[Tensor, Tensor]:
-    """Exchange left and right of a picture and its xyxy boxes."""
-    width = image_3HW.shape[2]
-    x0, y0, x1, y1 = boxes_N4.unbind(1)
-    return image_3HW.flip(2), torch.stack([width - x1, y0, width - x0, y1], dim=1)
+def mirror(picture: Picture) -> Picture:
+    """Exchange left and right."""
+    width = picture.image_3HW.shape[2]
+    x0, y0, x1, y1 = picture.boxes_N4.unbind(1)
+    masks_NSS = picture.masks_NSS
+    return Picture(
+        image_3HW=picture.image_3HW.flip(2),
+        boxes_N4=torch.stack([width - x1, y0, width - x0, y1], dim=1),
+        masks_NSS=None if masks_NSS is None else masks_NSS[:, :, ::-1],
+    )

@@ -34,6 +34,12 @@ def save_checkpoint(run_dir: str, step: int, files: dict[str, bytes]) -> str:
     Only the main rank calls it. Files of an earlier attempt that never committed are overwritten.
     """
     url = storage.join(run_dir, "checkpoints", step_name(step))
+    write_folder(url, files, step)
+    return url
+
+
+def write_folder(url: str, files: dict[str, bytes], step: int) -> None:
+    """Write files, then the commit record that lists them with size and checksum."""
     for name, data in files.items():
         storage.write_bytes(storage.join(url, name), data)
     listed = {
@@ -41,7 +47,6 @@ def save_checkpoint(run_dir: str, step: int, files: dict[str, bytes]) -> str:
     }
     commit = json.dumps({"step": step, "files": listed}, indent=1, sort_keys=True)
     storage.write_bytes(storage.join(url, COMMIT), commit.encode())
-    return url
 
 
 def read_checkpoint(url: str, names: tuple[str, ...] | None = None) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glipv2.model.batch import NO_CATEGORY, NO_WORD, Batch
+from glipv2.model.batch import NO_CATEGORY, NO_WORD, UNKNOWN_MASK, Batch
 from glipv2.model.images import pad_images
 from glipv2.pipeline.masking import IGNORE
 
@@ -31,6 +31,8 @@ class Sample:
     """int64, some of them corrupted."""
     mlm_labels_T: np.ndarray
     token_category_T: np.ndarray
+    masks_NSS: np.ndarray | None = None
+    """uint8 in the boxes' frames, UNKNOWN_MASK where there is none; None if nobody asked."""
 
 
 def text_length(longest: int, most: int) -> int:
@@ -70,4 +72,16 @@ def collate(
         batch.positive_BNT[row, :n, :t] = torch.from_numpy(sample.positive_NT)
         batch.box_category_BN[row, :n] = torch.from_numpy(sample.box_category_N)
         batch.token_category_BT[row, :t] = torch.from_numpy(sample.token_category_T)
+    batch.masks_BNSS = _pad_masks([sample.masks_NSS for sample in samples], N)
     return batch
+
+
+def _pad_masks(masks: Sequence[np.ndarray | None], boxes: int) -> Tensor | None:
+    """uint8 (B, boxes, S, S), unknown at padding; None without masks."""
+    found = [masks_NSS for masks_NSS in masks if masks_NSS is not None]
+    if not found:
+        return None
+    padded = np.full((len(found), boxes, *found[0].shape[1:]), UNKNOWN_MASK, dtype=np.uint8)
+    for row, masks_NSS in enumerate(found):
+        padded[row, : len(masks_NSS)] = masks_NSS
+    return torch.from_numpy(padded)

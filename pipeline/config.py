@@ -7,7 +7,7 @@ A recipe holds only what differs from these defaults. Precedence, lowest first: 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from glipv2.model.config import LossWeights, ModelConfig
+from glipv2.model.config import LossWeights, ModelConfig, Tune
 from glipv2.pipeline.errors import ConfigError
 
 
@@ -60,6 +60,9 @@ class DataConfig:
     """Categories absent from the image that a detection prompt may hold (GLIP: 85)."""
     full_negatives_share: float = 0.5
     """Share of prompts with as many negatives as allowed; the others draw a uniform number."""
+    fixed_prompts: bool = False
+    """Detection prompts hold all categories of their set in its order, nothing drawn or shuffled:
+    for tuning on one set, and what a tuned prompt needs."""
     caption_packing: float = 0.0
     """Probability that a caption is packed between captions of other images (GLIP: 0.6)."""
     max_packed_captions: int = 19
@@ -100,6 +103,9 @@ class TrainConfig:
     """CPU threads of one rank."""
     init: str | None = None
     """Phase, run folder or checkpoint whose weights the run starts from; null starts at random."""
+    tune: Tune = "full"
+    """What is trained: everything, GLIP's linear probe (box, centerness and alignment heads), the
+    table of a fixed prompt (needs model.prompt_rows and data.fixed_prompts), or one head alone."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     learning_rate: float = 1e-4
@@ -181,6 +187,17 @@ class EvalConfig:
             _require(getattr(self, key) > 0, f"eval.{key}", "positive", getattr(self, key))
 
 
+TUNED_PARTS: dict[Tune, str | None] = {
+    "full": None,
+    "linear_probe": None,
+    "prompt": "prompt_rows",
+    "mask_head": "masks",
+    "answer_head": "answers",
+    "caption_head": "captions",
+}
+"""What must be set in `model` for each kind of tuning."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     run_dir: str
@@ -199,6 +216,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", "0 or more", self.seed)
+        part = TUNED_PARTS[self.train.tune]
+        if part is not None:
+            value = getattr(self.model, part)
+            _require(bool(value), f"model.{part}", f"set for train.tune={self.train.tune}", value)
 
     @property
     def data_root(self) -> str:

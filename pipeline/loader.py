@@ -9,13 +9,14 @@ import torch
 from glipv2.model.batch import NO_CATEGORY, NO_WORD, Batch
 from glipv2.model.prompts import clean_category, token_map
 from glipv2.model.tokenizer import Tokenizer
-from glipv2.pipeline.augment import Augmentation, augment
+from glipv2.pipeline.augment import Augmentation, Picture, augment
 from glipv2.pipeline.collate import Sample, collate
 from glipv2.pipeline.config import DataConfig
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.images import decode_image
 from glipv2.pipeline.masking import Masking, mask_tokens, tokens_within
 from glipv2.pipeline.negatives import Negatives, TrainingText, caption_text, detection_text
+from glipv2.pipeline.region_masks import region_masks
 from glipv2.pipeline.shard_format import ShardSet
 from glipv2.pipeline.stream import (
     OnBad,
@@ -65,6 +66,8 @@ class Preparation:
     masking: Masking
     categories: Mapping[str, "Categories"]
     """Source -> its categories."""
+    masks: bool = False
+    """Whether samples carry the masks of their regions."""
 
     def __call__(self, slot: Slot) -> Sample:
         record, rng = slot.record, slot.rng
@@ -73,10 +76,12 @@ class Preparation:
                 f"data.mixture: {slot.source} holds records of task {record.task} ({record.key}), "
                 "which say nothing of places: run `glipv2 label` on it and train on the result"
             )
-        boxes_N4 = torch.tensor([region.box for region in record.regions]).reshape(-1, 4)
-        image_3HW, boxes_N4 = augment(
-            decode_image(record.image), boxes_N4, self._said(slot), self.augmentation, rng
+        stored = Picture(
+            image_3HW=decode_image(record.image),
+            boxes_N4=torch.tensor([region.box for region in record.regions]).reshape(-1, 4),
+            masks_NSS=region_masks(record) if self.masks else None,
         )
+        picture = augment(stored, self._said(slot), self.augmentation, rng)
         text = self._text(slot)
         tokens = self.tokenizer.encode(text.prompt.text)  # the one time it is tokenised
         positive_PT = token_map(tokens, text.prompt.spans)
@@ -91,13 +96,14 @@ class Preparation:
                 token_category_T[positive_T] = category
         return Sample(
             key=f"{slot.source}/{record.key}",
-            image_3HW=image_3HW,
-            boxes_N4=boxes_N4.numpy()[kept],
+            image_3HW=picture.image_3HW,
+            boxes_N4=picture.boxes_N4.numpy()[kept],
             positive_NT=positive_PT[phrases],
             box_category_N=category_P[phrases],
             token_ids_T=corrupted_T,
             mlm_labels_T=labels_T,
             token_category_T=token_category_T,
+            masks_NSS=None if picture.masks_NSS is None else picture.masks_NSS[kept],
         )
 
     def _text(self, slot: Slot) -> TrainingText:
@@ -137,7 +143,7 @@ class Categories:
         return np.array(ids, dtype=np.int64)
 
 
-def build_loader(
+def build_loader(  # noqa: PLR0913 (a job names each of these)
     data: DataConfig,
     global_batch: int,
     sets: Mapping[str, ShardSet],
@@ -146,8 +152,12 @@ def build_loader(
     world_size: int = 1,
     seed: int = 0,
     on_bad: OnBad | None = None,
+    masks: bool = False,
 ) -> Loader:
-    """The loader of one rank; `sets` are the opened shard sets that `data.mixture` names."""
+    """The loader of one rank; `sets` are the opened shard sets that `data.mixture` names.
+
+    With `masks`, batches hold those of the regions' masks that the records know.
+    """
     _check(data, sets)
     config = StreamConfig(
         seed=seed,
@@ -167,6 +177,7 @@ def build_loader(
             full_share=data.full_negatives_share,
             packing=data.caption_packing,
             max_captions=data.max_packed_captions,
+            fixed=data.fixed_prompts,
         ),
         masking=Masking(
             probability=data.mlm_probability,
@@ -175,6 +186,7 @@ def build_loader(
             special_ids=tokenizer.special_ids,
         ),
         categories=shared_categories(sets, tokenizer),
+        masks=masks,
     )
     stream = Stream(sets, data.mixture, config, rank, world_size, on_bad)
     return Loader(stream, prepare, data)

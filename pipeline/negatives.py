@@ -39,6 +39,8 @@ class Negatives:
     packing: float
     """Probability that a caption is packed at all."""
     max_captions: int
+    fixed: bool = False
+    """Detection prompts hold all categories in their order."""
 
     def draw_count(self, most: int, rng: np.random.Generator) -> int:
         full, some = rng.random() < self.full_share, int(rng.integers(1, max(most, 1) + 1))
@@ -60,7 +62,7 @@ def detection_text(
     """
     present = sorted({region.category for region in record.regions if region.category is not None})
     absent = sorted(set(range(len(names))) - set(present))
-    count = settings.draw_count(settings.max_categories, rng)
+    count = len(names) if settings.fixed else settings.draw_count(settings.max_categories, rng)
     candidates = [*rng.permutation(present), *rng.permutation(absent)[:count]]
     chosen: list[int] = []
     for category in map(int, candidates):
@@ -68,7 +70,8 @@ def detection_text(
         if cost - SEPARATOR_COST * (not chosen) <= budget:
             chosen.append(category)
             budget -= cost
-    chosen = [chosen[place] for place in rng.permutation(len(chosen))]
+    order = np.argsort(chosen) if settings.fixed else rng.permutation(len(chosen))
+    chosen = [chosen[place] for place in order]
     prompt = category_prompt([names[category] for category in chosen])
     phrase_of = {category: phrase for phrase, category in enumerate(chosen)}
     return TrainingText(

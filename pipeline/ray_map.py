@@ -7,6 +7,7 @@ itself, so all that is needed is an actor pool with restarts, and a poison item 
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,24 @@ def start_ray(num_cpus: int) -> None:
         "object_store_memory": 200 << 20,
         "include_dashboard": False,
     }
-    ray.init(log_to_driver=False, logging_level=logging.WARNING, **({} if existing else own))
+    try:
+        if existing:
+            _reach(os.environ["RAY_ADDRESS"])
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, **({} if existing else own))
+    except (OSError, ValueError) as error:
+        if not existing:
+            raise
+        raise ConfigError(
+            f"no Ray cluster can be joined at {os.environ['RAY_ADDRESS']}: {error}; start one with "
+            "`ray start --head`, or give no address to run on this machine alone"
+        ) from error
+
+
+def _reach(address: str) -> None:
+    """OSError when nothing listens at host:port; Ray itself would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def map_in_process(

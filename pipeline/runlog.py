@@ -33,10 +33,7 @@ class LossLog:
 
 def read_losses(run_dir: str) -> list[dict[str, Any]]:
     """The entries of a run's log; a last line cut off by a kill is left out."""
-    url = storage.join(run_dir, LOSSES)
-    if not storage.exists(url):
-        return []
-    return [json.loads(line) for line in storage.read_bytes(url).split(b"\n")[:-1]]
+    return storage.read_json_lines(storage.join(run_dir, LOSSES))
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -21,11 +20,10 @@ from typing import Any
 import fsspec
 import google_crc32c
 
+from glipv2.model.urls import scheme_of
 from glipv2.pipeline.errors import ConfigError, DataError
 
-SCHEMES = ("file", "memory", "s3", "gs", "az", "http", "https")
 CHUNK = 16 * 2**20
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):")
 _memory_lock = threading.Lock()
 
 
@@ -77,6 +75,42 @@ def write_bytes(url: str, data: bytes) -> None:
                 os.replace(attempt, local_path(url))
             return
         _remote(url).pipe_file(url, data)
+
+
+def read_json(url: str) -> Any:
+    """The value of a JSON file; DataError when it is damaged."""
+    try:
+        return json.loads(read_bytes(url))
+    except ValueError as error:
+        raise DataError(
+            f"{url} is no valid JSON: {error}; delete it, and run what wrote it again"
+        ) from error
+
+
+def read_json_lines(url: str) -> list[dict[str, Any]]:
+    """The entries of a .jsonl file, [] when it is absent.
+
+    A last line cut off by a kill is left out; any other damaged line is a DataError.
+    """
+    if not exists(url):
+        return []
+    entries = []
+    for number, line in enumerate(read_bytes(url).split(b"\n")[:-1], start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise DataError(
+                f"{url}, line {number} is no valid JSON: {error}; delete that line to do without it"
+            ) from error
+        if not isinstance(entry, dict):
+            raise DataError(f"{url}, line {number} is no entry; delete that line to do without it")
+        entries.append(entry)
+    return entries
+
+
+def write_json(url: str, value: Any) -> None:
+    """Create or replace a JSON file that people may read, in one act."""
+    write_bytes(url, json.dumps(value, indent=1).encode())
 
 
 def create_once(url: str, data: bytes) -> bool:
@@ -185,15 +219,10 @@ def digest(value: Any) -> str:
 
 
 def _scheme(url: str) -> str:
-    match = _SCHEME.match(url)
-    scheme = match[1].lower() if match else "file"
-    well_formed = match is None or url.startswith(f"{match[0]}//")
-    if scheme not in SCHEMES or not well_formed or "::" in url:
-        raise ConfigError(
-            f"{url!r} is not a place glipv2 reads or writes: use a path or one of "
-            + ", ".join(f"{name}://" for name in SCHEMES)
-        )
-    return scheme
+    try:
+        return scheme_of(url)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _remote(url: str) -> Any:

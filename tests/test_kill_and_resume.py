@@ -8,11 +8,23 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import command_line, descendants, finish, kill_when, smoke_recipe, start  # noqa: E402
+from commands import (  # noqa: E402
+    TIMEOUT,
+    command_line,
+    descendants,
+    finish,
+    kill_when,
+    smoke_recipe,
+    start,
+)
 
+from glipv2.data_prep import noun_phrases  # noqa: E402
+from glipv2.jobs.label import label  # noqa: E402
 from glipv2.jobs.prepare import prepare_set  # noqa: E402
 from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
 from glipv2.pipeline.config import PrepareConfig  # noqa: E402
+from glipv2.pipeline.config_loader import load_config  # noqa: E402
+from glipv2.pipeline.errors import ConfigError  # noqa: E402
 from glipv2.pipeline.runlog import read_losses  # noqa: E402
 
 STEPS = 12
@@ -68,6 +80,23 @@ def test_a_killed_pretraining_ends_with_the_same_losses_and_weights_bit_for_bit(
     for name in ("losses.jsonl", "checkpoints/step-000012/model.safetensors",
                  "checkpoints/step-000012/optimizer.safetensors"):  # fmt: skip
         assert (run / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
+def test_terminated_it_says_so_with_exit_code_3_and_goes_on(
+    recipe: Path, undisturbed: Path, folder: Path
+) -> None:
+    run = folder / "terminated"
+    command = ("pretrain", recipe, f"run_dir={run}")
+    process = start(*command)
+    while not step_logged(run, 3)():
+        assert process.poll() is None
+    process.terminate()
+    said = process.communicate(timeout=TIMEOUT)[1]
+    assert process.returncode == 3, said
+    assert "stopped by signal SIGTERM; run the same command again" in said
+    assert STEPS not in committed_steps(str(run))
+    finish(*command)
+    assert (run / "losses.jsonl").read_bytes() == (undisturbed / "losses.jsonl").read_bytes()
 
 
 def test_a_killed_launcher_leaves_no_rank_behind(recipe: Path, folder: Path) -> None:
@@ -142,7 +171,7 @@ def test_a_killed_labelling_ends_with_the_same_shards_byte_for_byte(
 
 
 def test_labelling_with_other_settings_into_the_same_set_is_refused(
-    recipe: Path, undisturbed: Path, folder: Path
+    undisturbed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = smoke_recipe(
         folder,
@@ -153,6 +182,10 @@ def test_labelling_with_other_settings_into_the_same_set_is_refused(
     finish("label", own)
     said = finish("label", own, "label.score_threshold=0.07", code=2)
     assert "labelled with other settings" in said
+    label(load_config(str(own), []))  # all is there already
+    monkeypatch.setattr(noun_phrases, "RULES", noun_phrases.RULES + 1)
+    with pytest.raises(ConfigError, match="labelled with other settings"):
+        label(load_config(str(own), []))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> bool:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
 
-from glipv2.model.batch import NO_CATEGORY, NO_WORD
+from glipv2.model.batch import NO_CATEGORY, NO_WORD, UNKNOWN_MASK
 from glipv2.model.tokenizer import Tokenizer, tiny_vocab
 from glipv2.pipeline import shards
 from glipv2.pipeline.collate import text_length
@@ -304,3 +305,86 @@ def test_texts_are_padded_to_few_lengths():
     ]  # fmt: skip
     assert text_length(150, 160) == 160
     assert text_length(10, 12) == 12
+
+
+def white_pixels(size=(80, 60), box=(10, 20, 40, 50)):
+    """The mask of the left half of the white box of `picture`, as run lengths."""
+    mask_HW = np.zeros((size[1], size[0]), dtype=np.uint8, order="F")
+    mask_HW[box[1] : box[3] + 1, box[0] : (box[0] + box[2] + 1) // 2] = 1
+    runs = coco_mask.encode(mask_HW)
+    return {"size": [int(side) for side in runs["size"]], "counts": runs["counts"].decode()}
+
+
+@pytest.fixture(scope="module")
+def masked_sets(tmp_path_factory):
+    """Every third box has no mask."""
+
+    def with_mask(record, number):
+        mask = white_pixels() if number % 3 else None
+        return replace(record, regions=(replace(record.regions[0], mask=mask),))
+
+    url = str(tmp_path_factory.mktemp("masked"))
+    records = [with_mask(detection(number), number) for number in range(24)]
+    return {"detection": shards.write_shard_set(url, records, CATEGORIES, {}, 16)}
+
+
+def test_masks_come_in_the_frame_of_their_box_flipped_with_the_picture(masked_sets, tokenizer):
+    data = replace(DATA, mixture={"detection": 1.0})
+    sides = Counter()
+    for batch, _ in take(build_loader(data, 8, masked_sets, tokenizer, masks=True), 6):
+        assert batch.masks_BNSS.dtype == torch.uint8
+        assert batch.masks_BNSS.shape[:2] == batch.box_mask_BN.shape
+        for row, key in enumerate(batch.keys):
+            mask_SS = batch.masks_BNSS[row, 0]
+            if int(key[-4:]) % 3 == 0:
+                assert bool((mask_SS == UNKNOWN_MASK).all())
+                continue
+            side = len(mask_SS) // 2
+            flipped = batch.boxes_BN4[row, 0, 0] > batch.sizes_B2[row, 1] * 0.3
+            near, far = (mask_SS[:, side:], mask_SS[:, :side])[:: 1 if flipped else -1]
+            assert near[:, 1:-1].float().mean() == 1
+            assert far[:, 1:-1].float().mean() == 0
+            sides[bool(flipped)] += 1
+    assert min(sides.values()) > 8
+
+
+def test_masks_are_left_out_unless_asked_for(masked_sets, tokenizer):
+    data = replace(DATA, mixture={"detection": 1.0})
+    (batch, _), *_ = take(build_loader(data, 8, masked_sets, tokenizer), 1)
+    assert batch.masks_BNSS is None
+
+
+def test_masks_from_workers_are_the_same(masked_sets, tokenizer):
+    data = replace(DATA, mixture={"detection": 1.0})
+    (alone, _), *_ = take(build_loader(data, 8, masked_sets, tokenizer, masks=True), 1)
+    served = build_loader(replace(data, workers=1), 8, masked_sets, tokenizer, masks=True)
+    assert_equal(alone, take(served, 1)[0][0])
+
+
+def test_a_sample_with_a_broken_mask_is_skipped_and_reported(tmp_path, tokenizer):
+    records = [replace(detection(number), key=f"d{number:04d}") for number in range(16)]
+    broken = replace(records[5].regions[0], mask={"size": [60, 80], "counts": "12"})
+    records[5] = replace(records[5], regions=(broken,))
+    sets = {"detection": shards.write_shard_set(str(tmp_path), records, CATEGORIES, {}, 16)}
+    data = replace(DATA, mixture={"detection": 1.0}, max_bad_share=0.5)
+    bad = []
+    loader = build_loader(
+        data, 8, sets, tokenizer, on_bad=lambda *args: bad.append(args), masks=True
+    )
+    keys = [key for batch, _ in take(loader, 2) for key in batch.keys]
+    assert "detection/d0005" not in keys
+    assert [(key, why.reason) for _, _, key, why in bad][:1] == [("d0005", "mask_invalid")]
+
+
+def test_a_dropped_region_takes_its_mask_along(tmp_path, tokenizer):
+    caption = "a red square " + "and a blue circle " * 40 + "and a dog"
+    far, near = (grounding(0, caption, phrase).regions[0] for phrase in ("dog", "red square"))
+    record = replace(
+        grounding(0, caption, "dog"), regions=(far, replace(near, mask=white_pixels()))
+    )
+    records = [replace(record, key=f"k{number}") for number in range(4)]
+    sets = {"long": shards.write_shard_set(str(tmp_path), records, [], {})}
+    data = replace(DATA, mixture={"long": 1.0})
+    (batch, _), *_ = take(build_loader(data, 4, sets, tokenizer, masks=True), 1)
+    assert batch.masks_BNSS.shape[1] == 1
+    assert batch.masks_BNSS.unique().tolist() == [0, 1]

@@ -12,6 +12,9 @@ from commands import SMOKE, finish  # noqa: E402
 from page_parser import assert_self_contained, shown  # noqa: E402
 
 from glipv2.data_prep.toy import toy_record  # noqa: E402
+from glipv2.jobs.evaluate import cache_key  # noqa: E402
+from glipv2.pipeline.config_loader import load_config  # noqa: E402
+from glipv2.pipeline.ray_map import start_ray  # noqa: E402
 
 METRICS = {
     "caption_seen_ap50", "caption_unseen_ap50", "chunked_seen_ap50", "chunked_unseen_ap50",
@@ -83,8 +86,65 @@ def test_a_shard_set_can_be_looked_at(run: Path, tmp_path: Path) -> None:
     assert "toy_pairs-" in page.read_text()
 
 
-def test_the_steps_run_one_by_one_as_well(run: Path) -> None:
-    said = finish("evaluate", SMOKE, f"run_dir={run}", "--phase", "student")
-    assert "caption_seen_ap50" in said
-    finish("report", run)
+def test_the_steps_one_by_one_leave_the_same_files_and_figures(
+    run: Path, summary: dict[str, dict[str, float]]
+) -> None:
+    files = content(run)
+    for name in files:
+        if name.parts[0] in ("eval", "seconds") or len(name.parts) == 1:
+            (run / name).unlink()
+    own = (SMOKE, f"run_dir={run}")
+    finish("prepare", "recipe", *own)
+    finish("pretrain", *own, "--phase", "teacher")
+    finish("label", *own)
+    for phase in ("student", "control"):
+        finish("pretrain", *own, "--phase", phase)
+    start_ray(2)
+    import ray
+
+    try:
+        address = ray.get_runtime_context().gcs_address
+        one = finish("evaluate", *own, "--phase", "student", "--address", address)
+    finally:
+        ray.shutdown()
+    assert f"caption_seen_ap50{'':15s} {summary['student']['caption_seen_ap50']:.4f}" in one
+    alone = json.loads((run / "summary.json").read_text())
+    assert alone["student"] == summary["student"] and "control" not in alone
+    table = finish("evaluate", *own)
+    assert "teacher   student   control" in table
+    assert "report.html" in finish("report", run)
+    again = json.loads((run / "summary.json").read_text())
+    stages = ["prepare", "teacher", "label", "student", "control", "evaluate"]
+    assert list(again.pop("seconds")) == stages
+    assert again == {name: value for name, value in summary.items() if name != "seconds"}
+    assert content(run) == files - {Path("seconds/report.json")}
+
+
+def content(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_curve_of_a_run_follows_its_checkpoints(run: Path) -> None:
+    scored = json.loads((run / "eval" / "metrics-student.json").read_text())
+    assert [point["step"] for point in scored["curve"]] == [2, 4]
+    config = load_config(str(SMOKE), [f"run_dir={run}"])
+    assert scored["key"] == cache_key(config, str(run / "student"))
+    earlier = run / "student" / "checkpoints" / "step-000002"
+    earlier.rename(run / "away")
+    try:
+        assert scored["key"] != cache_key(config, str(run / "student"))
+    finally:
+        (run / "away").rename(earlier)
+
+
+def test_an_address_without_a_cluster_is_refused(run: Path) -> None:
+    (run / "eval" / "metrics-student.json").rename(run / "away")
+    try:
+        said = finish("evaluate", SMOKE, f"run_dir={run}", "--address", "127.0.0.1:9", code=2)
+    finally:
+        (run / "away").rename(run / "eval" / "metrics-student.json")
+    assert "no Ray cluster can be joined at 127.0.0.1:9" in said
+
+
+def test_nothing_is_missing_here() -> None:
     assert "everything needed is here" in finish("doctor")

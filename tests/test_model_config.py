@@ -23,7 +23,7 @@ def test_a_preset_survives_json(name: str) -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="tiny, T, B, L, H"):
+    with pytest.raises(ValueError, match="tiny, A, T, B, L, H"):
         preset("XL")
 
 

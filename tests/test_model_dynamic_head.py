@@ -80,6 +80,6 @@ def test_slopes_and_offsets_follow_the_gates() -> None:
     relu = DyReLU(WIDTH)
     x = maps()[0]
     gates = F.hardsigmoid(relu.expand(F.relu(relu.squeeze(x.mean((2, 3))))))[..., None, None]
-    a1, a2, b1, b2 = gates.chunk(4, dim=1)
+    a1, b1, a2, b2 = gates.chunk(4, dim=1)
     expected = torch.maximum(((a1 - 0.5) * 2 + 1) * x + b1 - 0.5, (a2 - 0.5) * 2 * x + b2 - 0.5)
     torch.testing.assert_close(relu([x])[0], expected)

@@ -60,7 +60,10 @@ def make_batch(images: int = 4, boxes: int = 3, tokens: int = 12, masked: bool =
 
 def part(batch: Batch, rows: slice, tokens: int) -> Batch:
     """Some of the images, with text cut to the length that they need."""
-    values = {f.name: getattr(batch, f.name)[rows] for f in dataclasses.fields(batch)}
+    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    for name in ("masks_BNSS", "task", "answers_BV"):
+        del values[name]
+    values = {name: value[rows] for name, value in values.items()}
     for name in ("tokens_BT", "token_mask_BT", "mlm_labels_BT", "token_category_BT"):
         values[name] = values[name][:, :tokens]
     values["positive_BNT"] = values["positive_BNT"][..., :tokens]

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from glipv2.model.anchors import make_anchors
-from glipv2.model.batch import Outputs
-from glipv2.model.postprocess import detections
+from glipv2.model.batch import Detection, Outputs
+from glipv2.model.boxes import pairwise_iou
+from glipv2.model.postprocess import detections, merge, suppress_across_phrases
 
 SIZES = [(4, 4), (2, 2), (1, 1)]
 ANCHORS = make_anchors(SIZES, strides=(8, 16, 32), scale=2.0)
@@ -104,3 +105,43 @@ def test_at_most_a_hundred_boxes_are_kept() -> None:
     assert len(found.scores_K) == 100
     best = out.token_logits_BAT[0, :, 4].sigmoid().topk(100).values
     torch.testing.assert_close(found.scores_K, (best * 0.5).sqrt())
+
+
+def scattered(seed: int, boxes: int = 60) -> Detection:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(boxes, 2, generator=generator) * 20
+    size = 5 + torch.rand(boxes, 2, generator=generator) * 20
+    return Detection(
+        boxes_K4=torch.cat((corner, corner + size), dim=1),
+        scores_K=torch.rand(boxes, generator=generator).sort(descending=True).values,
+        labels_K=torch.randint(0, 3, (boxes,), generator=generator),
+        names=["a", "b", "c"],
+        masks_KHW=torch.arange(boxes).view(-1, 1, 1).expand(-1, 2, 2),
+    )
+
+
+@pytest.mark.parametrize("overlap", [0.3, 0.6, 1.0])
+def test_of_overlapping_boxes_only_the_best_keeps_its_phrase(overlap: float) -> None:
+    everything = scattered(seed=3)
+    iou = pairwise_iou(everything.boxes_K4.double(), everything.boxes_K4.double())
+    expected: list[int] = []
+    for k in range(len(iou)):
+        if all(iou[k, better] <= overlap for better in expected):
+            expected.append(k)
+    kept = suppress_across_phrases(everything, overlap)
+    assert (len(expected) < len(iou)) == (overlap < 1)
+    assert torch.equal(kept.boxes_K4, everything.boxes_K4[expected])
+    assert torch.equal(kept.labels_K, everything.labels_K[expected])
+    assert kept.masks_KHW is not None and kept.masks_KHW[:, 0, 0].tolist() == expected
+
+
+def test_merging_keeps_the_best_hundred_with_their_labels() -> None:
+    parts = [scattered(seed=seed) for seed in (4, 5, 6)]
+    rows = sorted(
+        (-score, number, label)
+        for number, part in enumerate(parts)
+        for score, label in zip(part.scores_K.tolist(), part.labels_K.tolist(), strict=True)
+    )[:100]
+    merged = merge(parts, ["x", "y", "z"])
+    assert merged.scores_K.tolist() == [-score for score, _, _ in rows]
+    assert merged.phrases == ["xyz"[label] for _, _, label in rows]

@@ -5,6 +5,8 @@ from glipv2.model.prompts import (
     caption_prompt,
     category_prompt,
     clean_category,
+    grounding_prompt,
+    locate,
     split_categories,
     token_map,
 )
@@ -70,3 +72,41 @@ def test_chunks_hold_every_category_once_in_order_and_fit(tokenizer: Tokenizer) 
 def test_chunks_respect_a_wanted_size(tokenizer: Tokenizer) -> None:
     assert [len(c) for c in split_categories(["ring"] * 5, tokenizer, 2)] == [2, 2, 1]
     assert split_categories([], tokenizer) == []
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrases"),
+    [
+        ("a red square. a blue circle.", ["a red square", "a blue circle"]),
+        (" a dog .a 3.5 mm plug. . ", ["a dog", "a 3.5 mm plug"]),
+        ("one thing", ["one thing"]),
+        ("", []),
+        (" ... ", []),
+    ],
+)
+def test_the_sentences_of_a_bare_caption_are_its_phrases(caption: str, phrases: list[str]) -> None:
+    prompt = grounding_prompt(caption)
+    assert prompt.text == caption
+    assert prompt.phrases == phrases
+
+
+def test_phrases_are_found_as_whole_words_in_any_case_and_spacing() -> None:
+    caption = "Cats near a  Big Cat, a cat"
+    assert grounding_prompt((caption, ["big cat", "A CAT"])).phrases == ["Big Cat", "a cat"]
+    assert locate(caption, ["cat"]) == [(17, 20)]
+    for absent in ("ca", "cat a", "dog", " "):
+        with pytest.raises(ValueError, match=f"phrase '{absent}' is not in"):
+            grounding_prompt((caption, ["big cat", absent]))
+    with pytest.raises(ValueError, match="must be a list"):
+        grounding_prompt((caption, "cat"))
+
+
+def test_repeated_words_are_dealt_to_the_phrases_one_by_one() -> None:
+    caption = "a red square, a square and a blue square"
+    assert locate(caption, ["square", "square", "red square"]) == [(16, 22), (34, 40), (2, 12)]
+    assert locate(caption, ["square"] * 4) == [(6, 12), (16, 22), (34, 40), (6, 12)]
+
+
+def test_words_and_spans_may_be_mixed() -> None:
+    prompt = grounding_prompt(("a red square", [[(2, 5), (6, 12)], "red", [(0, 1)]]))
+    assert prompt.spans == (((2, 5), (6, 12)), ((2, 5),), ((0, 1),))

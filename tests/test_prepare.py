@@ -129,6 +129,17 @@ def test_every_command_line_makes_its_set(tmp_path):
     assert "gone.jpg" in prepare.closing_table(made)
 
 
+def test_the_sets_of_a_recipe_are_made_where_its_run_looks_for_them(tmp_path):
+    toy_set = {"source": "toy", "set": "toy_val", "count": 2, "size": 64}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"run_dir": str(tmp_path / "run"), "prepare": {"gold": toy_set}}))
+    assert command("recipe", str(recipe), "prepare.gold.count=3") == 0
+    assert open_shard_set(str(tmp_path / "run" / "data" / "gold")).samples == 3
+    recipe.write_text(json.dumps({"run_dir": str(tmp_path / "run")}))
+    with pytest.raises(ConfigError, match=r"recipe.yaml names no set to make"):
+        command("recipe", str(recipe))
+
+
 def test_a_source_without_one_usable_sample_says_why(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"image": "gone.jpg", "alt": "a dog"}\n' * 3)
     options = PrepareConfig(source="pairs", root=str(tmp_path))
@@ -155,7 +166,7 @@ def test_mistakes_in_the_options_are_refused_before_any_work(tmp_path):
         instances["categories"] = [{"id": 1, "name": "cell"}, {"id": 2, "name": "cell"}]
         (tmp_path / "coco.json").write_text(json.dumps(instances))
         path = str(tmp_path / "coco.json")
-        prepare.prepare_set(url, PrepareConfig(source="coco", annotations=path, images="/tmp"))
+        prepare.prepare_set(url, PrepareConfig(source="coco", annotations=path, images=url[:-4]))
     assert not (tmp_path / "set").exists()
 
 

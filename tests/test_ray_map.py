@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from glipv2.pipeline.errors import DataError, PoisonItemError
-from glipv2.pipeline.ray_map import map_in_process, map_on_ray
+from glipv2.pipeline.errors import ConfigError, DataError, PoisonItemError
+from glipv2.pipeline.ray_map import map_in_process, map_on_ray, start_ray
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,6 +33,11 @@ def make_squarer(folder: str) -> Callable[[int], int]:
         return item * item
 
     return square
+
+
+def make_reporter(folder: str) -> Callable[[int], int]:
+    """A worker that tells its process."""
+    return lambda item: os.getpid()
 
 
 def ship(make: Callable[..., object], folder: Path) -> Callable[[], object]:
@@ -63,6 +68,23 @@ def test_an_item_that_keeps_killing_workers_is_named_after_all_others_are_done(
 def test_an_error_of_the_worker_is_raised_with_its_own_type(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="item -1 is negative"):
         list(map_on_ray(ship(make_squarer, tmp_path), [-1], num_actors=1))  # type: ignore[arg-type]
+
+
+def test_more_actors_than_the_cluster_has_room_for_are_not_waited_for(tmp_path: Path) -> None:
+    start_ray(2)
+    import ray
+
+    cpus = int(ray.cluster_resources()["CPU"])
+    make = ship(make_reporter, tmp_path)
+    processes = dict(map_on_ray(make, range(3 * cpus), num_actors=3 * cpus))  # type: ignore[arg-type]
+    assert len(processes) == 3 * cpus
+    assert len(set(processes.values())) <= cpus
+
+
+def test_actors_that_the_cluster_can_never_hold_are_refused(tmp_path: Path) -> None:
+    make = ship(make_reporter, tmp_path)
+    with pytest.raises(ConfigError, match="no room for an actor with 1000 GPUs"):
+        list(map_on_ray(make, [1], num_actors=1, gpus_per_actor=1000))  # type: ignore[arg-type]
 
 
 def test_the_same_work_runs_without_ray(tmp_path: Path) -> None:

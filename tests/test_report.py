@@ -53,6 +53,7 @@ SUMMARY = {
             "novel_word": {"precision_at_50": None, "recall_at_50": 0.1, "kept": 0, "mentioned": 9}
         },
     },
+    "real_set": "bccd",
     "random_weights_bccd_ap50": 0.0012,
     "seconds": {"prepare": 30.0, "teacher": 200.4},
 }  # fmt: skip
@@ -95,13 +96,14 @@ def finished_run(tmp_path_factory):
         terms = {"box": 1.0, "centerness": 0.6, "token": 0.4, "inter_image": 0.3, "mlm": 2.0}
         lines = [{"step": s, "lr": 1e-3, "loss": 5 / (s + 1), **terms} for s in range(40)]
         (run / model / "losses.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    curves = {m: [{"step": s, "caption_ap50": s / 40} for s in (10, 20)] for m in SUMMARY if m in
-              ("teacher", "student", "control")}  # fmt: skip
+    for model in ("teacher", "student", "control"):
+        points = [{"step": s, "caption_ap50": s / 40} for s in (10, 20)]
+        content = {"key": "", "metrics": {}, "curve": points}
+        (run / "eval" / f"metrics-{model}.json").write_text(json.dumps(content))
     curve = [{"threshold": t / 10, "precision": t / 10, "recall": 1 - t / 10, "kept": 10}
              for t in range(10)]  # fmt: skip
     chosen = {"threshold": 0.4, "precision": 0.91, "recall": 0.6, "target_precision": 0.9,
               "reached": True, "curve": curve}  # fmt: skip
-    (run / "eval" / "curves.json").write_text(json.dumps(curves))
     (run / "labels" / "threshold.json").write_text(json.dumps(chosen))
     (run / "summary.json").write_text(json.dumps(SUMMARY))
     (run / "config.yaml").write_text(f'seed: 7\nname: "{EVIL}"\n')
@@ -167,7 +169,7 @@ def test_the_verdict_follows_student_minus_control(student, control, text, direc
 
 def test_the_results_table_holds_every_figure(page):
     rows = table(part(page, "results"))
-    assert rows[1] == ["Model", "seen", "unseen", "seen", "unseen", "BCCD", "@1", "@5", "@10"]
+    assert rows[1] == ["Model", "seen", "unseen", "seen", "unseen", "bccd", "@1", "@5", "@10"]
     assert rows[3] == [
         "Student",
         "0.900",
@@ -257,7 +259,7 @@ MISSING = {
     "versions.json": "versions.json is missing",
     "quarantine.jsonl": "quarantine.jsonl is missing",
     "labels/threshold.json": "labels/threshold.json is missing",
-    "eval/curves.json": "eval/curves.json is missing",
+    "eval/metrics-teacher.json": "teacher",
     "teacher/losses.jsonl": "teacher",
     "eval/predictions-teacher.json": "Nothing to compare",
     "eval/predictions-student.json": "Of the teacher, on validation images",

@@ -1,45 +1,19 @@
-import io
 import json
 import subprocess
 import sys
 import threading
 import uuid
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import webdataset
-from PIL import Image
 
-from glipv2.pipeline import shard_reader, shards, storage
-from glipv2.pipeline.errors import BadSample, DataError
-from glipv2.pipeline.records import Record, Region
+sys.path.insert(0, str(Path(__file__).parent))
+from sample_records import CATEGORIES, jpeg, record  # noqa: E402
 
-CATEGORIES = ("red square", "blue circle")
-
-
-def jpeg(shade=0, size=(32, 24), image_format="JPEG"):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (shade % 256, 90, 30)).save(buffer, format=image_format)
-    return buffer.getvalue()
-
-
-def record(number=0, **changes):
-    caption = f"picture {number} of a red square"
-    region = Region(box=(1.0, 2.0, 20.5, 20.0), spans=((len(caption) - 10, len(caption)),))
-    return replace(
-        Record(
-            key=f"key{number:04d}",
-            image=jpeg(number),
-            image_format="jpg",
-            width=32,
-            height=24,
-            task="grounding",
-            caption=caption,
-            regions=(region,),
-            provenance={"source": "test"},
-        ),
-        **changes,
-    )
+from glipv2.pipeline import shard_reader, shards, storage  # noqa: E402
+from glipv2.pipeline.errors import BadSample, DataError  # noqa: E402
+from glipv2.pipeline.records import Region  # noqa: E402
 
 
 def records(count):

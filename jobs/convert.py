@@ -1,0 +1,220 @@
+"""glipv2 convert: weights of GLIP, timm and transformers -> a model folder of ours, and back."""
+
+import argparse
+import io
+import pickle
+from typing import Any
+
+from glipv2.pipeline import storage
+from glipv2.pipeline.checkpoint import (
+    MODEL_FILES,
+    read_checkpoint,
+    resolve_checkpoint,
+    write_folder,
+)
+from glipv2.pipeline.errors import ConfigError, DataError
+
+KINDS = ("glip", "timm-swin", "bert")
+INERT = "glip_inert.safetensors"
+"""Tensors of a GLIP file that the model does not compute with, kept for the way back."""
+BERT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument(
+        "--from", dest="sources", nargs=2, action="append", metavar=("KIND", "FILE"),
+        help="glip FILE.pth; or timm-swin FILE and bert FOLDER, one or both, to start a training",
+    )  # fmt: skip
+    way.add_argument(
+        "--to", nargs=2, metavar=("KIND", "FOLDER"), help="glip FOLDER: write it as GLIP's file"
+    )
+    parser.add_argument("--out", required=True, help="folder to write; with --to the .pth file")
+    parser.add_argument("--vocab", help="vocab.txt of the text encoder; a bert folder has its own")
+    parser.add_argument("--preset", default="T", help="size of a new model (default T)")
+    parser.add_argument("--seed", type=int, default=0, help="of what a new model draws at random")
+    parser.add_argument("--ema", action="store_true", help="glip: the averaged weights, model_ema")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.to:
+        kind, folder = arguments.to
+        _known(kind, ("glip",))
+        count = to_glip_file(folder, arguments.out)
+        print(f"{count} tensors -> {arguments.out}")  # noqa: T201
+        return 0
+    sources = dict(arguments.sources)
+    for kind in sources:
+        _known(kind, KINDS)
+    if "glip" in sources and len(arguments.sources) > 1:
+        raise ConfigError("--from glip is a whole model: give it alone")
+    if "glip" in sources:
+        count = from_glip_file(sources["glip"], arguments.out, arguments.vocab, arguments.ema)
+    else:
+        count = new_model(sources, arguments)
+    print(f"{count} parameters -> {arguments.out}")  # noqa: T201
+    return 0
+
+
+def _known(kind: str, kinds: tuple[str, ...]) -> None:
+    if kind not in kinds:
+        raise ConfigError(f"unknown kind {kind!r}; known: {', '.join(kinds)}")
+
+
+def from_glip_file(file: str, out: str, vocab: str | None, ema: bool) -> int:
+    """Write a checkpoint of the original code as a model folder; returns the parameters' number.
+
+    DataError lists every tensor that is missing, unexpected or of another shape.
+    """
+    from safetensors.torch import save
+
+    from glipv2.model.convert import from_glip, glip_config, glip_inert
+    from glipv2.model.glip import build_model
+    from glipv2.model.weights import model_files
+
+    tensors, prefix = _glip_tensors(file, "model_ema" if ema else "model")
+    try:
+        config = glip_config(tensors)
+        model = build_model(config, seed=0)
+        model.load_state_dict(from_glip(tensors, model.state_dict(), config))
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from error
+    files = model_files(model, _tokenizer(vocab, config.text_encoder))
+    inert = {name: tensor.contiguous() for name, tensor in glip_inert(tensors).items()}
+    files[INERT] = save(inert, metadata={"prefix": prefix})
+    write_folder(out, files, step=0)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def to_glip_file(folder: str, out: str) -> int:
+    """Write a model folder as a file that the original code loads; returns the tensors' number.
+
+    The classifier that GLIP's code expects but never uses is zero if the model never had one.
+    """
+    import torch
+
+    from glipv2.model.convert import glip_inert_zeros, to_glip
+    from glipv2.model.weights import model_from_files
+
+    url = resolve_checkpoint(folder)
+    files = read_checkpoint(url)
+    model, _ = model_from_files({name: files[name] for name in MODEL_FILES})
+    try:
+        tensors = to_glip(model.state_dict(), model.config)
+    except ValueError as error:
+        raise DataError(f"{folder}: {error}") from error
+    inert, prefix = _stored_inert(files) if INERT in files else (glip_inert_zeros(model.config), "")
+    named = {
+        prefix + name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in (tensors | inert).items()
+    }
+    buffer = io.BytesIO()
+    torch.save({"model": named}, buffer)
+    storage.write_bytes(out, buffer.getvalue())
+    return len(named)
+
+
+def _stored_inert(files: dict[str, bytes]) -> tuple[dict[str, Any], str]:
+    """The inert tensors of the GLIP file that a folder was made from, and its names' prefix."""
+    import json
+
+    from safetensors.torch import load
+
+    header = files[INERT][8 : 8 + int.from_bytes(files[INERT][:8], "little")]
+    return load(files[INERT]), json.loads(header)["__metadata__"]["prefix"]
+
+
+def new_model(sources: dict[str, str], arguments: argparse.Namespace) -> int:
+    """A model to start a training with: encoders from elsewhere, the rest from the seed."""
+    from glipv2.model.config import preset
+    from glipv2.model.convert import bert_from_transformers, swin_from_timm
+    from glipv2.model.glip import build_model
+    from glipv2.model.weights import model_files
+
+    try:
+        config = preset(arguments.preset)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    model = build_model(config, arguments.seed)
+    weights = model.state_dict()
+    vocab = arguments.vocab
+    try:
+        if "timm-swin" in sources:
+            source = sources["timm-swin"]
+            weights |= swin_from_timm(read_tensors(source), weights)
+        if "bert" in sources:
+            source = sources["bert"]
+            vocab = vocab or storage.join(source, "vocab.txt")
+            weights |= bert_from_transformers(_bert_tensors(source), weights)
+    except ValueError as error:
+        raise DataError(f"{source}: {error}") from error
+    model.load_state_dict(weights)
+    write_folder(arguments.out, model_files(model, _tokenizer(vocab, config.text_encoder)), step=0)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _bert_tensors(folder: str) -> dict[str, Any]:
+    for name in BERT_FILES:
+        if storage.exists(storage.join(folder, name)):
+            return read_tensors(storage.join(folder, name))
+    raise DataError(
+        f"{folder} holds neither {' nor '.join(BERT_FILES)}: save the model there first"
+    )
+
+
+def _glip_tensors(file: str, part: str) -> tuple[dict[str, Any], str]:
+    """One part of a GLIP file without the prefix of its names, and that prefix."""
+    stored = _unpickled(file)
+    if part not in stored:
+        raise DataError(f"{file} has no {part!r}, only {', '.join(map(str, stored))}")
+    tensors = stored[part]
+    prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, prefix
+
+
+def read_tensors(file: str) -> dict[str, Any]:
+    """Name -> tensor of a .safetensors file or of a pickled state dict, which may run no code."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not file.endswith(".safetensors"):
+        stored = _unpickled(file)
+        return stored.get("model", stored.get("state_dict", stored))
+    try:
+        return load(storage.read_bytes(file))
+    except SafetensorError as error:
+        raise DataError(f"{file} is damaged: {error}") from error
+
+
+def _unpickled(file: str) -> dict[str, Any]:
+    import torch
+
+    data = storage.read_bytes(file)
+    try:
+        stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(
+            f"{file} holds more than tensors, or is damaged, and is not opened: {first}"
+        ) from error
+    if not isinstance(stored, dict):
+        raise DataError(f"{file} holds a {type(stored).__name__}, not a dictionary of tensors")
+    return stored
+
+
+def _tokenizer(vocab: str | None, text_encoder: Any) -> Any:
+    from glipv2.model.tokenizer import Tokenizer
+
+    if not vocab:
+        raise ConfigError(
+            "--vocab is missing: the vocab.txt that the text encoder was trained with"
+        )
+    lines = storage.read_bytes(vocab).decode("utf-8").splitlines()
+    if len(lines) != text_encoder.vocab_size:
+        raise DataError(
+            f"{vocab} has {len(lines)} entries, the text encoder {text_encoder.vocab_size}"
+        )
+    try:
+        return Tokenizer.from_vocab(lines, text_encoder.max_tokens)
+    except ValueError as error:
+        raise DataError(f"{vocab}: {error}") from error

@@ -1,0 +1,123 @@
+"""glipv2 convert, through the command line."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from glip_weights import generated_weights
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import BertModel
+
+from glipv2.jobs.cli import main
+from glipv2.model.config import TINY, preset
+from glipv2.model.convert import glip_config, glip_constants
+from glipv2.model.glip import GLIPv2
+from glipv2.model.text_encoder import bert_config
+from glipv2.model.tokenizer import tiny_vocab
+from glipv2.pipeline.checkpoint import load_model
+
+META = Path(__file__).parent / "data" / "glip_reference" / "meta.json"
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Tensor]:
+    weights = generated_weights(json.loads(META.read_text())["state_dict"])
+    return weights | glip_constants(glip_config(weights))
+
+
+@pytest.fixture
+def vocab(tmp_path: Path) -> Path:
+    path = tmp_path / "vocab.txt"
+    words = [*tiny_vocab(), *(f"word{number}" for number in range(30522 - len(tiny_vocab())))]
+    path.write_text("\n".join(words) + "\n")
+    return path
+
+
+def test_a_glip_file_becomes_a_folder_and_the_same_file_again(
+    tensors: dict[str, Tensor], vocab: Path, tmp_path: Path
+) -> None:
+    stored = {"module." + name: tensor for name, tensor in tensors.items()}
+    torch.save({"model": stored, "iteration": 7}, tmp_path / "glip.pth")
+    folder, again = str(tmp_path / "folder"), str(tmp_path / "again.pth")
+    source = ["--from", "glip", str(tmp_path / "glip.pth")]
+    assert main(["convert", *source, "--vocab", str(vocab), "--out", folder]) == 0
+
+    model, tokenizer = load_model(folder)  # what a teacher and an evaluation are loaded with
+    assert model.config.glip_compatible
+    assert tokenizer.vocab_size == 30522
+    assert torch.equal(model.alignment_head.bias0, tensors["rpn.head.bias0"])
+    loaded = GLIPv2.from_pretrained("file://" + folder)
+    assert torch.equal(loaded.alignment_head.bias_text, tensors["rpn.head.bias_lang"])
+
+    assert main(["convert", "--to", "glip", folder, "--out", again]) == 0
+    written = torch.load(again, weights_only=True)["model"]
+    assert written.keys() == stored.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in stored.items())
+
+
+def test_what_does_not_fit_is_listed_and_nothing_is_written(
+    tensors: dict[str, Tensor], vocab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = {name: tensor for name, tensor in tensors.items() if "gamma_l" not in name}
+    torch.save({"model": broken}, tmp_path / "glip.pth")
+    source = ["--from", "glip", str(tmp_path / "glip.pth"), "--vocab", str(vocab)]
+    assert main(["convert", *source, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "rpn.head.dyhead_tower.0.b_attn.gamma_l is missing" in error
+    assert "rpn.head.dyhead_tower.3.b_attn.gamma_l is missing" in error
+    assert not (tmp_path / "out").exists()
+
+
+class Trap:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("trapped",)
+
+
+def test_a_pickle_that_would_run_code_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"x": torch.zeros(1)}, "scheduler": Trap()}, "glip.pth")
+    assert main(["convert", "--from", "glip", "glip.pth", "--vocab", "v", "--out", "out"]) == 2
+    assert "more than tensors" in capsys.readouterr().err
+    assert not Path("trapped").exists()
+
+
+def test_encoders_from_elsewhere_start_a_model(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    bert = BertModel(bert_config(TINY.text_encoder), add_pooling_layer=False)
+    bert.save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(tiny_vocab()) + "\n")
+    swin = GLIPv2(preset("tiny")).image_encoder.swin.state_dict()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in swin.items()}, tmp_path / "s.safetensors"
+    )
+    arguments = ["convert", "--from", "timm-swin", str(tmp_path / "s.safetensors")]
+    arguments += ["--from", "bert", str(tmp_path / "bert"), "--preset", "tiny"]
+    assert main([*arguments, "--out", str(tmp_path / "start")]) == 0
+    model, tokenizer = load_model(str(tmp_path / "start"))
+    words = model.text_encoder.bert.embeddings.word_embeddings.weight
+    assert torch.equal(words, bert.embeddings.word_embeddings.weight)
+    patches = model.image_encoder.swin.patch_embed.proj.weight
+    assert torch.equal(patches, swin["patch_embed.proj.weight"].flip(1))  # blue first
+    assert tokenizer.vocabulary == tiny_vocab()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from", "magic", "x"], "unknown kind 'magic'"),
+        (["--from", "glip", "a", "--from", "bert", "b"], "give it alone"),
+        (["--from", "bert", "nowhere", "--preset", "XL"], "unknown model preset"),
+        (["--from", "bert", "nowhere", "--preset", "tiny"], "holds neither model.safetensors"),
+        (["--from", "glip", "nowhere.pth"], "nowhere.pth"),
+    ],
+)
+def test_mistakes_are_explained(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""What the stages share: their time over all attempts, a run's settings, a full disk, a bad log."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from glipv2.jobs import doctor, stages
+from glipv2.jobs.cli import main
+from glipv2.jobs.pretrain import note_settings
+from glipv2.jobs.stages import stage, stage_seconds
+from glipv2.pipeline.config_loader import load_config
+from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.runlog import LossLog, read_losses
+
+RECIPE = "infra/recipes/quickstart.yaml"
+HANGS = """
+import sys, time
+from glipv2.jobs import stages
+stages.TICK = 0.05
+with stages.stage(sys.argv[1], "label"):
+    time.sleep(60)
+"""
+
+
+def seconds(folder: Path) -> dict[str, float]:
+    return stage_seconds(str(folder), ["prepare", "label"])
+
+
+def test_the_time_of_a_stage_is_that_of_all_its_attempts(tmp_path: Path) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", HANGS, str(tmp_path)])
+    while seconds(tmp_path).get("label", 0.0) < 0.3:
+        assert killed.poll() is None
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    before = seconds(tmp_path)["label"]
+    with pytest.raises(DataError), stage(str(tmp_path), "label"):
+        time.sleep(0.3)
+        raise DataError("stopped")
+    with stage(str(tmp_path), "label"):
+        time.sleep(0.3)
+    whole = seconds(tmp_path)["label"]
+    assert before + 0.5 <= whole < before + 3
+    with stage(str(tmp_path), "label"):  # done: what comes now is reuse
+        time.sleep(0.3)
+    assert seconds(tmp_path) == {"label": whole}
+
+
+def test_a_running_stage_notes_its_time_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "TICK", 0.02)
+    with stage(str(tmp_path), "prepare"):
+        while not seconds(tmp_path):
+            time.sleep(0.01)
+    assert list(seconds(tmp_path)) == ["prepare"]
+
+
+def test_the_settings_of_a_run_are_written_once(tmp_path: Path) -> None:
+    config = load_config(RECIPE, [f"run_dir={tmp_path}"], "student")
+    resolved = Path(note_settings(config))
+    assert resolved == tmp_path / "student" / "config.yaml"
+    assert yaml.safe_load(resolved.read_text())["train"]["steps"] == config.train.steps
+    before = resolved.stat().st_ino
+    note_settings(load_config(str(resolved), []))  # as a rank reads them
+    assert resolved.stat().st_ino == before
+    note_settings(load_config(str(resolved), ["train.steps=9999"]))
+    assert yaml.safe_load(resolved.read_text())["train"]["steps"] == 9999
+
+
+def test_a_full_disk_is_said_with_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fills_the_disk(arguments: argparse.Namespace) -> int:
+        return Path("/dev/full").write_bytes(b"x")
+
+    monkeypatch.setattr(doctor, "run", fills_the_disk)
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said
+    assert "make room" in said
+
+
+def test_other_failures_of_the_system_are_not_taken_for_a_full_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "run", lambda arguments: Path("/proc/self/mem").read_bytes())
+    with pytest.raises(OSError, match="Input/output error"):
+        main(["doctor"])
+
+
+@pytest.mark.parametrize("damaged", [b'{"step": 1, "lo', b"\xff\xfe", b"7", b""])
+def test_a_damaged_line_in_the_middle_of_the_losses_is_named(
+    tmp_path: Path, damaged: bytes
+) -> None:
+    log = LossLog(str(tmp_path), 0)
+    for step in range(3):
+        log.append(step, {"loss": 1.0})
+    path = tmp_path / "losses.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], damaged, *lines[2:]]))
+    with pytest.raises(DataError, match=r"losses\.jsonl, line 2 .*delete that line"):
+        read_losses(str(tmp_path))
+    path.write_bytes(b"\n".join([lines[0], *lines[2:]]))  # the cure
+    assert [entry["step"] for entry in read_losses(str(tmp_path))] == [0, 2]

@@ -258,7 +258,7 @@ def _detections(
     else:
         if found.masks_K is None:
             raise DataError("the detections have no masks to score")
-        shapes_K = _masks(truth, pairs_K[row_K], [found.masks_K[row] for row in row_K])
+        shapes_K = _masks(truth, pairs_K[row_K], [found.masks_K[row] for row in row_K.tolist()])
         # one at a time: pycocotools 2.0.11 fails on lists of more than 255 masks
         areas_K = np.array([coco_mask.area(mask) for mask in shapes_K], dtype=np.float64)
     solid_K = (areas_K > 0) & (areas_K < np.inf)

@@ -48,7 +48,7 @@ def _run(way: str) -> None:
     model = build_model(replace(preset("T"), masked_words=False, contrast=False), seed=0).train()
     batch, _ = scene(1, SIZE, locations=0, boxes=5, tokens=CAPTION)
     if way == "original":
-        batch = _padded(batch, model.config.text_encoder.max_tokens)
+        batch = padded(batch, model.config.text_encoder.max_tokens)
 
     def step() -> None:
         model.zero_grad()
@@ -60,7 +60,7 @@ def _run(way: str) -> None:
     print(json.dumps([taken, mib]))  # noqa: T201
 
 
-def _padded(batch: Batch, tokens: int) -> Batch:
+def padded(batch: Batch, tokens: int) -> Batch:
     """The same batch with its text padded to a fixed length."""
     spare = (0, tokens - batch.tokens_BT.shape[1])
     return replace(

@@ -19,10 +19,9 @@ def assign(
 
     Per box, the 9 anchors nearest to its centre on every level are candidates; those whose overlap
     reaches the candidates' mean plus standard deviation and whose centre lies inside the box are
-    positive. An anchor won by several boxes goes to the one it overlaps most,
-    among equals to the first. All images and boxes
-    are handled at once; padded boxes win nothing, and N may be 0. Boxes in pixels of the padded
-    input. Equals GLIP's assigner (facts C.1).
+    positive. An anchor won by several boxes goes to the one it overlaps most, among equals to the
+    first. All images and boxes are handled at once; padded boxes win nothing, and N may be 0. Boxes
+    in pixels of the padded input. Equals GLIP's assigner (facts C.1).
     """
     B, N = boxes_BN4.shape[:2]
     A = anchors_A4.shape[0]

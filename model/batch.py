@@ -54,6 +54,9 @@ class Batch:
     to be predicted word by word; both have no boxes."""
     answers_BV: Tensor | None = None
     """vqa: float32 soft target of each of the model's answers, in [0, 1]."""
+    most_masked: int | None = None
+    """The most words that must be predicted in one of the texts: known before the batch is on a
+    GPU, it spares a wait there. None makes every token a candidate."""
 
     def to(self, device: torch.device | str) -> "Batch":
         moved: dict[str, Any] = {

@@ -58,8 +58,8 @@ class ImageTextAttention(nn.Module):
         """Updated locations (B, N, D_image) and words (B, T, D_text).
 
         The residual starts from the normalised features. Padding tokens are no keys for the image
-        but are updated themselves; every text needs one token that is none. Every location is a
-        key for the text, padding pixels included. Without `image_reads_text` only the words are
+        but are updated themselves; no text is padding alone. Every location is a key for the text,
+        padding pixels included. Without `image_reads_text` only the words are
         updated: what captioning needs, where no word may reach an earlier one through the image
         (facts A.13).
         """
@@ -122,7 +122,7 @@ class _BothDirections(torch.autograd.Function):
         dropped: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         scores_BNK = torch.bmm(image_BND, keys_BKD.transpose(1, 2))
-        if scores_BNK.dtype == torch.float16:
+        if scores_BNK.dtype == torch.float16:  # its gradient passes as if there were no clamp
             scores_BNK.clamp_(-SCORE_LIMIT, SCORE_LIMIT)
         # A softmax over the locations, of which torch's own takes three times as long on CPUs.
         # What is added to all scores of a token, as the bias, would not change it.

@@ -261,14 +261,27 @@ class GLIPv2(nn.Module):
     def _masked_words(
         self, head: WordHead, outputs: Outputs, batch: Batch, normaliser: Tensor
     ) -> Tensor:
-        asked_BT = batch.mlm_labels_BT != losses.IGNORED_WORD
-        logits_MV = head(outputs.fused_words_BTD[asked_BT])
-        return losses.masked_word_loss(logits_MV, batch.mlm_labels_BT[asked_BT], normaliser)
+        labels_BT = batch.mlm_labels_BT
+        words_BTD = outputs.fused_words_BTD
+        # Equally many places of every text: picking just the masked ones would wait for the GPU.
+        count = labels_BT.shape[1] if batch.most_masked is None else batch.most_masked
+        asked_BT = (labels_BT != losses.IGNORED_WORD).int()
+        places_BM = asked_BT.topk(count, dim=1).indices
+        index = places_BM[..., None].expand(-1, -1, words_BTD.shape[2])
+        logits_MV = head(words_BTD.gather(1, index).flatten(0, 1))
+        labels_M = labels_BT.gather(1, places_BM).flatten()
+        return losses.masked_word_loss(logits_MV, labels_M, normaliser)
 
 
 def _untouched(module: nn.Module) -> Tensor:
     """Zero, but with a (zero) gradient for every parameter, so that ranks agree on their set."""
-    return torch.stack([parameter.sum() * 0 for parameter in module.parameters()]).sum()
+    # As attributes, unlike from parameters(), ZeRO 3 fetches those that live on other ranks.
+    parameters = [
+        getattr(owner, name)
+        for owner in module.modules()
+        for name, _ in owner.named_parameters(recurse=False)
+    ]
+    return torch.stack([parameter.sum() * 0 for parameter in parameters]).sum()
 
 
 def build_model(config: ModelConfig, seed: int) -> GLIPv2:

@@ -174,8 +174,12 @@ def anchor_words(matched: Tensor, positive_BNT: Tensor) -> Tensor:
 
 
 def masked_word_loss(logits_MV: Tensor, labels_M: Tensor, normaliser: Tensor) -> Tensor:
-    """Cross entropy of the words to be predicted; M may be 0 (facts B.5)."""
-    return F.cross_entropy(logits_MV.float(), labels_M, reduction="sum") / normaliser
+    """Cross entropy of the words to be predicted (facts B.5); M may be 0.
+
+    Rows whose label is IGNORED_WORD count nothing.
+    """
+    loss = F.cross_entropy(logits_MV.float(), labels_M, reduction="sum", ignore_index=IGNORED_WORD)
+    return loss / normaliser
 
 
 def pick_regions(positive_BA: Tensor, count: int) -> Tensor:

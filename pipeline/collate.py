@@ -61,6 +61,7 @@ def collate(
         box_category_BN=torch.full((B, N), NO_CATEGORY),
         token_category_BT=torch.full((B, T), NO_WORD),
         keys=[sample.key for sample in samples],
+        most_masked=max(int((sample.mlm_labels_T != IGNORE).sum()) for sample in samples),
     )
     for row, sample in enumerate(samples):
         n, t = sample.positive_NT.shape

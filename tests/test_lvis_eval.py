@@ -179,6 +179,18 @@ def test_a_nan_score_ranks_last_and_boxes_without_area_are_left_out_both_counted
     assert result.empty == 3
 
 
+def test_of_two_truths_overlapped_alike_the_later_annotation_is_taken():
+    # The wide box overlaps both halves with IoU 0.5. If it takes the left one, nothing is left for
+    # the second detection: precision 1, 1/2 and recall 1/2, so 51 points of 101. Else both are
+    # right at IoU .50.
+    left, right = (0, 0, 10, 10), (10, 0, 20, 10)
+    found = detections((1, CAT, 0.9, (0, 0, 20, 10)), (1, CAT, 0.8, left))
+    for halves, ap50 in [((left, right), 1), ((right, left), 51 / 101)]:
+        document = paper_document()
+        document["annotations"] = [annotation(n, 1, CAT, box) for n, box in enumerate(halves, 1)]
+        assert lvis_ap(lvis_truth(document), found).ap50 == pytest.approx(ap50)
+
+
 def test_frequency_comes_from_the_count_of_training_images_if_not_given():
     document = paper_document()
     for category, images in zip(document["categories"], (9, 100, 99, 10), strict=True):

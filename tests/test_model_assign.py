@@ -1,6 +1,6 @@
 import torch
+from original import assign_by_anchor
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from glipv2.model.anchors import make_anchors
 from glipv2.model.assign import assign
@@ -8,28 +8,13 @@ from glipv2.model.assign import assign
 SIZES = [(12, 16), (6, 8), (3, 4)]
 COUNTS = [h * w for h, w in SIZES]
 ANCHORS = make_anchors(SIZES, strides=(8, 16, 32), scale=3.5)
+LAST_PIXEL = torch.tensor([0.0, 0, 1, 1])
 
 
 def assign_one_by_one(boxes: Tensor) -> list[int]:
-    """The original's procedure for one image, in loops."""
-    iou = box_iou(boxes, ANCHORS)
-    centres = (ANCHORS[:, :2] + ANCHORS[:, 2:]) / 2
-    best, winner = [0.0] * len(ANCHORS), [-1] * len(ANCHORS)
-    for n, box in enumerate(boxes):
-        distance = (centres - (box[:2] + box[2:]) / 2).pow(2).sum(1)
-        candidates, first = [], 0
-        for count in COUNTS:
-            level = distance[first : first + count]
-            candidates += (level.topk(min(9, count), largest=False).indices + first).tolist()
-            first += count
-        overlaps = iou[n, candidates]
-        threshold = overlaps.mean() + overlaps.std()
-        for a in candidates:
-            x, y = (centres[a] - 0.5).tolist()
-            inside = min(x - box[0], y - box[1], box[2] - 1 - x, box[3] - 1 - y) > 0.01
-            if iou[n, a] >= threshold and inside and iou[n, a] > best[a]:
-                best[a], winner[a] = float(iou[n, a]), n
-    return winner
+    """The original's procedure for one image, in loops, with its corners."""
+    corners = (ANCHORS - LAST_PIXEL).tolist(), (boxes - LAST_PIXEL).tolist()
+    return assign_by_anchor(corners[0], COUNTS, corners[1])
 
 
 def scene(seed: int, count: int) -> Tensor:
@@ -65,6 +50,20 @@ def test_an_anchor_wanted_twice_goes_to_the_box_it_overlaps_most() -> None:
     boxes = torch.stack([exact + torch.tensor([-3.0, -3, 3, 3]), exact])[None]
     matched = assign(ANCHORS, COUNTS, boxes, torch.ones(1, 2, dtype=torch.bool))
     assert matched[0, 70] == 1
+
+
+def test_of_equal_boxes_the_first_wins() -> None:
+    twice = scene(0, 3)[[0, 1, 0, 2]]
+    matched = assign(ANCHORS, COUNTS, twice[None], torch.ones(1, 4, dtype=torch.bool))[0]
+    assert matched.tolist() == assign_one_by_one(twice)
+    assert 0 in matched and 2 not in matched
+
+
+def test_crowded_images_are_assigned_like_one_after_the_other() -> None:
+    boxes = torch.stack([scene(seed, 40) for seed in (7, 8)])
+    matched = assign(ANCHORS, COUNTS, boxes, torch.ones(2, 40, dtype=torch.bool))
+    for row, own in zip(matched, boxes, strict=True):
+        assert row.tolist() == assign_one_by_one(own)
 
 
 def test_no_boxes_at_all_is_all_background() -> None:

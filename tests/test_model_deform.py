@@ -1,7 +1,7 @@
 import pytest
 import torch
+from original import deform
 from torch import Tensor
-from torchvision.ops import deform_conv2d
 
 from glipv2.model.deform import DeformConv, Taps, resize_taps
 
@@ -24,22 +24,33 @@ def setting(height: int, width: int, stride: int, seed: int = 0) -> tuple[Tensor
 @pytest.mark.parametrize("size", [(8, 12), (7, 5), (1, 4), (1, 1)])
 def test_grid_sampling_equals_torchvisions_operator(size: tuple[int, int], stride: int) -> None:
     x, taps, conv = setting(*size, stride)
-    expected = deform_conv2d(
-        x, taps.offset_B18HW, conv.weight, conv.bias, stride, 1, mask=taps.mask_B9HW
-    )
-    torch.testing.assert_close(conv(x, taps), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(conv(x, taps), deform(conv, x, taps), rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_equal_torchvision() -> None:
-    x, taps, conv = setting(9, 10, 1)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(9, 10), (1, 4)])
+def test_gradients_equal_torchvisions(size: tuple[int, int], stride: int) -> None:
+    x, taps, conv = setting(*size, stride)
     inputs = [x, taps.offset_B18HW, taps.mask_B9HW, conv.weight, conv.bias]
-    expected = deform_conv2d(
-        x, taps.offset_B18HW, conv.weight, conv.bias, 1, 1, mask=taps.mask_B9HW
-    )
-    wanted = torch.autograd.grad(expected.sin().sum(), inputs)
+    wanted = torch.autograd.grad(deform(conv, x, taps).sin().sum(), inputs)
     found = torch.autograd.grad(conv(x, taps).sin().sum(), inputs)
     for actual, gradient in zip(found, wanted, strict=True):
         torch.testing.assert_close(actual, gradient, rtol=1e-3, atol=1e-3)
+
+
+def test_mixed_precision_only_rounds_values_and_kernels() -> None:
+    """A wide map: bf16 coordinates would miss by half a pixel."""
+    x, taps, conv = setting(4, 200, 1)
+    inputs = [x, taps.offset_B18HW, taps.mask_B9HW, conv.weight, conv.bias]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = conv(x, taps)
+    assert rounded.dtype == torch.bfloat16
+    exact = deform(conv, x, taps)
+    found = torch.autograd.grad(rounded.float().sin().sum(), inputs)
+    wanted = torch.autograd.grad(exact.sin().sum(), inputs)
+    for actual, expected in zip((rounded.float(), *found), (exact, *wanted), strict=True):
+        assert actual.dtype == torch.float32
+        assert (actual - expected).norm() < 0.03 * expected.norm()
 
 
 def test_taps_of_a_finer_map_are_averaged_for_a_coarser_one() -> None:

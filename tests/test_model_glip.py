@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from glipv2.model import understanding
 from glipv2.model.batch import NO_CATEGORY, NO_WORD, Batch, Collectives
 from glipv2.model.config import LossWeights, ModelConfig, preset
 from glipv2.model.glip import GLIPv2, build_model
@@ -61,7 +62,7 @@ def make_batch(images: int = 4, boxes: int = 3, tokens: int = 12, masked: bool =
 def part(batch: Batch, rows: slice, tokens: int) -> Batch:
     """Some of the images, with text cut to the length that they need."""
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    for name in ("masks_BNSS", "task", "answers_BV"):
+    for name in ("masks_BNSS", "task", "answers_BV", "most_masked"):
         del values[name]
     values = {name: value[rows] for name, value in values.items()}
     for name in ("tokens_BT", "token_mask_BT", "mlm_labels_BT", "token_category_BT"):
@@ -209,3 +210,8 @@ def test_a_few_steps_on_one_batch_lower_every_term() -> None:
         history.append({name: value.item() for name, value in terms.items()})
     for name in TERMS:
         assert history[-1][name] < history[0][name], name
+
+
+def test_every_term_has_a_weight_and_every_weight_a_term(model: GLIPv2) -> None:
+    terms = set(model(make_batch())) | {"mask"} | set(understanding.TERMS.values())
+    assert terms == {field.name for field in dataclasses.fields(LossWeights)}

@@ -1,10 +1,13 @@
 import pytest
 import torch
+from bench_parts import losses_of, scene
+from original import loss_by_anchor
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from glipv2.model import losses
+from glipv2.model.anchors import make_anchors
 from glipv2.model.batch import NO_CATEGORY, NO_WORD, Batch, Collectives
 from glipv2.model.heads import ContrastHead
 
@@ -61,6 +64,34 @@ def test_token_loss_is_the_focal_loss_over_tokens_that_are_no_padding(batch: Bat
     torch.testing.assert_close(actual, expected)
 
 
+def test_all_terms_and_gradients_equal_a_loop_over_anchors() -> None:
+    sizes = [(6, 8), (3, 4)]
+    anchors = make_anchors(sizes, strides=(8, 16), scale=3.5)
+    batch, predictions = scene(2, (48, 64), len(anchors), boxes=5, tokens=12)
+    batch.token_mask_BT[1, 9:] = False
+    batch.box_mask_BN[0, 4] = False
+    arguments = (*predictions, anchors, [h * w for h, w in sizes], batch)
+    found, wanted = losses_of(*arguments), loss_by_anchor(*arguments)
+    torch.testing.assert_close(found, wanted)
+    for actual, expected in zip(
+        torch.autograd.grad(found * 3, predictions),
+        torch.autograd.grad(wanted * 3, predictions),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_token_loss_takes_logits_of_mixed_precision(batch: Batch) -> None:
+    targets = losses.make_targets(MATCHED, batch, ANCHORS)
+    logits = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    single = logits.float().requires_grad_()
+    expected = losses.token_loss(single, targets, batch, ONE)
+    actual = losses.token_loss(logits.requires_grad_(), targets, batch, ONE)
+    torch.testing.assert_close(actual, expected)
+    (wanted,) = torch.autograd.grad(expected, single)
+    torch.testing.assert_close(torch.autograd.grad(actual, logits)[0], wanted.bfloat16())
+
+
 def test_token_loss_stays_finite_for_extreme_logits(batch: Batch) -> None:
     targets = losses.make_targets(MATCHED, batch, ANCHORS)
     logits = torch.full((3, 3, 5), 5e4, requires_grad=True)
@@ -107,6 +138,12 @@ def test_masked_words_cost_their_mean_cross_entropy_and_none_cost_nothing() -> N
     labels = torch.tensor([1, 8, 0, 3])
     loss = losses.masked_word_loss(logits, labels, torch.tensor(4.0))
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
+    with_others = losses.masked_word_loss(
+        torch.cat((logits, logits)),
+        torch.cat((labels, torch.full((4,), losses.IGNORED_WORD))),
+        torch.tensor(4.0),
+    )
+    torch.testing.assert_close(with_others, loss)
     nothing = losses.masked_word_loss(logits[:0], labels[:0], ONE)
     nothing.backward()
     assert nothing == 0 and logits.grad is not None

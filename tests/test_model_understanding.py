@@ -243,7 +243,7 @@ def exhaustive(odds: Odds, image: int, max_words: int, penalty: float) -> tuple[
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize(("max_words", "beams"), [(1, V), (2, V**2), (3, V**3)])
+@pytest.mark.parametrize(("max_words", "beams"), [(1, V), (2, 1 + 3 * V), (3, 1 + 3 + 9 * V)])
 def test_a_beam_as_wide_as_the_tree_finds_the_best_text(
     max_words: int, beams: int, penalty: float
 ) -> None:
@@ -278,6 +278,25 @@ def test_two_beams_find_what_greed_misses() -> None:
     (narrow,), (wide,) = (beam_search(as_step(odds), start, END, beams, 3) for beams in (1, 2))
     assert narrow[0][0] == 0
     assert wide == ([1], pytest.approx((math.log(0.4) + math.log(0.97)) / 2))
+
+
+def test_a_text_that_ended_is_not_lost_to_livelier_ones() -> None:
+    """After two steps both open texts are likelier than the ended one, but they end badly."""
+
+    def odds(_: int, prefix: tuple[int, ...]) -> Tensor:
+        share = {(): [0.7, 0.04, 0.01, 0.25], (0,): [0.5, 0.48, 0.01, 0.01]}
+        return torch.tensor(share.get(prefix, [0.5, 0.3, 0.1999, 0.0001])).log()
+
+    (found,) = beam_search(as_step(odds), torch.zeros(1, dtype=torch.int64), END, 2, 2)
+    assert found == ([], pytest.approx(math.log(0.25)))
+
+
+def test_an_impossible_end_takes_no_place_in_the_beam() -> None:
+    """At first only the word 1 is possible; later three places are needed to find the best text."""
+    shares = {(): [0.0, 1.0], (1,): [0.05, 0.95], (1, 1): [0.4, 0.6], (1, 1, 1): [0.01, 0.99]}
+    step = as_step(lambda _, prefix: torch.tensor(shares.get(prefix, [0.5, 0.5])).log())
+    (found,) = beam_search(step, torch.ones(1, dtype=torch.int64), end=0, beams=3, max_words=3)
+    assert found == ([1, 1], pytest.approx(math.log(0.95 * 0.4) / 3))
 
 
 # --- captions of a whole model

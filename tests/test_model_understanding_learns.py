@@ -1,4 +1,4 @@
-"""One tiny model learns, from nothing, to answer questions about toy scenes and to describe them."""
+"""One tiny model learns from nothing to answer questions about toy scenes and to describe them."""
 
 import io
 from collections import Counter
@@ -24,7 +24,7 @@ SIDE = 64
 DIAMETERS = {"small": 0.35, "large": 0.8}
 QUESTIONS = ("which color is the circle?", "is the circle small or large?")
 ANSWERS = COLOURS + SIZES
-STEPS, IMAGES = 100, 16
+STEPS, IMAGES = 120, 16
 TOKENIZER = Tokenizer.from_vocab(tiny_vocab(), preset("tiny").text_encoder.max_tokens)
 
 
@@ -119,9 +119,16 @@ def model(one_thread: None) -> GLIPv2:
     rng = np.random.default_rng(0)
     scenes = [draw(rng) for _ in range(600)]
     # From nothing, words learn faster to look at the image when it weighs more from the start.
-    config = replace(preset("tiny"), answers=ANSWERS, captions=True, fusion_scale=0.5)
+    config = replace(
+        preset("tiny"),
+        answers=ANSWERS,
+        captions=True,
+        masked_words=False,
+        contrast=False,
+        fusion_scale=0.5,
+    )
     model = build_model(config, seed=0).train()
-    rates = {True: 1e-3, False: 4e-3}  # of the image's own part and of all others
+    rates = {True: 3e-4, False: 2e-3}  # of the image's own part and of all others
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[name.startswith(("image_encoder", "pyramid"))].append(parameter)
@@ -129,6 +136,7 @@ def model(one_thread: None) -> GLIPv2:
         [{"params": groups[part], "lr": rate} for part, rate in rates.items()],
         betas=(0.9, 0.98),
         weight_decay=1e-4,
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 20, 2 * (1 - step / STEPS))
@@ -158,7 +166,7 @@ def test_questions_about_new_scenes_are_answered(model: GLIPv2, held_out: list[S
         right = np.mean([a == b for a, b in zip(given[kind::2], truth, strict=True)])
         # Even against one who knows the likeliest answer to each question.
         assert share_of_most_common(truth) < 0.65
-        print(kind, right, share_of_most_common(truth)); assert right > 0.8, (QUESTIONS[kind], right)
+        assert right > 0.8, (QUESTIONS[kind], right)
 
 
 def test_new_scenes_are_described(model: GLIPv2, held_out: list[Scene]) -> None:
@@ -168,4 +176,4 @@ def test_new_scenes_are_described(model: GLIPv2, held_out: list[Scene]) -> None:
     said = [text for text, _ in generate(model, TOKENIZER, pyramid, beams=3, max_words=8)]
     assert share_of_most_common(truth) < 0.25
     right = np.mean([a == b for a, b in zip(said, truth, strict=True)])
-    print(right, share_of_most_common(truth), said[:4]); assert right > 0.7, right
+    assert right > 0.7, right

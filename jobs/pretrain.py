@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 MAY_CHANGE = {
     "data.root", "data.workers", "data.max_bad_share", "train.steps", "train.processes",
-    "train.threads", "train.zero_stage", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.threads", "train.zero_stage", "train.compile", "train.checkpoint_every",
+    "train.keep_checkpoints",
 }  # fmt: skip
 """Settings that a run may be resumed with in another value."""
 Saved = tuple[str, dict[str, bytes]]
@@ -142,6 +143,8 @@ def train(config: RunConfig) -> None:
     saved = newest_checkpoint(config.run_dir)
     model, tokenizer = initial_model(config, saved)
     set_trainable(model, config.train.tune)
+    if config.train.compile:
+        model.compile()
     loader = _build_loader(config, tokenizer)
     engine = build_engine(
         model.to(dist.local_device()), config.train, config.train.global_batch // dist.world_size()

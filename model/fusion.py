@@ -138,7 +138,7 @@ class _BothDirections(torch.autograd.Function):
         read_BND = torch.bmm(_kept(to_text_BNK, dropped, spare_BNK), values_BKD)
         kept_BNK = _kept(to_image_BNK, dropped, spare_BNK)
         seen_BKD = torch.bmm(kept_BNK.transpose(1, 2), image_BND)
-        mass_BK = kept_BNK.sum(dim=1)
+        mass_BK = kept_BNK.sum(dim=1) if dropped else torch.ones_like(bias_BK)
         ctx.heads, ctx.dropped = heads, dropped
         ctx.save_for_backward(
             image_BND, keys_BKD, values_BKD, to_text_BNK, to_image_BNK, seen_BKD, mass_BK
@@ -165,8 +165,11 @@ class _BothDirections(torch.autograd.Function):
             d_bias_BK = d_scores_BNK.sum(dim=1)
 
             # The same over the locations, where the sum follows from the results.
-            total_BK = (d_seen_BKD * seen_BKD).sum(dim=2) + d_mass_BK * mass_BK
-            d_kept_BNK = torch.baddbmm(d_mass_BK[:, None], image_BND, d_seen_BKD.transpose(1, 2))
+            total_BK = (d_seen_BKD * seen_BKD).sum(dim=2)
+            d_kept_BNK = torch.bmm(image_BND, d_seen_BKD.transpose(1, 2))
+            if dropped:  # else the mass is 1 whatever the scores are
+                total_BK += d_mass_BK * mass_BK
+                d_kept_BNK += d_mass_BK[:, None]
             kept_BNK = _kept(to_image, dropped, spare_BNK)
             d_image_BND = torch.bmm(kept_BNK, d_seen_BKD)
             d_scores_BNK.addcmul_(kept_BNK, d_kept_BNK)

@@ -211,10 +211,8 @@ def inter_image_loss(
     """
     B, K = matched_BK.shape
     regions, words = head(regions_BKD, words_BMD)
-    own_BKM = F.pad(
-        anchor_words(matched_BK, batch.positive_BNT),
-        (0, words.shape[1] - batch.token_mask_BT.shape[1]),
-    )
+    spare = words.shape[1] - batch.token_mask_BT.shape[1]
+    own_BKM = anchor_words(matched_BK, F.pad(batch.positive_BNT, (0, spare)))
     ids = torch.cat(_category_ids(matched_BK, batch, words.shape[1]), dim=1)
     everything = collectives.gather(torch.cat([regions, words], dim=1))
     all_ids = collectives.gather(ids)

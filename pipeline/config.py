@@ -108,6 +108,8 @@ class TrainConfig:
     table of a fixed prompt (needs model.prompt_rows and data.fixed_prompts), or one head alone."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    compile: bool = False
+    """Whether torch.compile fuses the model: minutes at every start, then faster steps."""
     learning_rate: float = 1e-4
     text_learning_rate: float = 1e-5
     """Of the text encoder; the BERT layers of the fusion tower use `learning_rate` (facts G.1)."""

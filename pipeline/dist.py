@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
 from glipv2.model.batch import Collectives
+from glipv2.pipeline.launch import LAUNCHER
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 
@@ -36,10 +37,16 @@ def local_device() -> torch.device:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its launcher dies, so that no rank is left behind."""
+    """Let the kernel kill this process when its launcher dies, so that no rank is left behind.
+
+    SystemExit if the launcher died before: a rank alone would wait for the others for long.
+    """
     pr_set_pdeathsig = 1
     if hasattr(signal, "SIGKILL") and os.name == "posix":
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    launcher = os.environ.get(LAUNCHER)
+    if launcher and os.getppid() != int(launcher):
+        raise SystemExit(f"the launcher, process {launcher}, is gone")
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from pathlib import Path
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import UserError
 
+LAUNCHER = "GLIPV2_LAUNCHER"
+"""Environment variable with the process number of the launcher, for the ranks it starts."""
+
 
 def under_launcher() -> bool:
     """torchrun, deepspeed and Ray Train all set WORLD_SIZE for their ranks."""
@@ -29,6 +32,7 @@ def launch_ranks(arguments: list[str], processes: int, threads: int) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -38,10 +38,10 @@ def start(*arguments: object) -> "subprocess.Popen[str]":
     )
 
 
-def finish(*arguments: object, code: int = 0) -> str:
+def finish(*arguments: object, code: int = 0, timeout: float = TIMEOUT) -> str:
     """Run a command to its end; what it printed on both streams."""
     process = start(*arguments)
-    out, err = process.communicate(timeout=TIMEOUT)
+    out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out + err
 

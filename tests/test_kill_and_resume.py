@@ -1,6 +1,8 @@
 """Kill -9 at any moment, run the same command again: nothing is lost and nothing differs."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
 from glipv2.pipeline.config import PrepareConfig  # noqa: E402
 from glipv2.pipeline.config_loader import load_config  # noqa: E402
 from glipv2.pipeline.errors import ConfigError  # noqa: E402
+from glipv2.pipeline.launch import LAUNCHER  # noqa: E402
 from glipv2.pipeline.runlog import read_losses  # noqa: E402
 
 STEPS = 12
@@ -99,6 +102,15 @@ def test_terminated_it_says_so_with_exit_code_3_and_goes_on(
     assert (run / "losses.jsonl").read_bytes() == (undisturbed / "losses.jsonl").read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_compiled_run_has_the_same_losses(recipe: Path, undisturbed: Path, folder: Path) -> None:
+    run = folder / "compiled"
+    finish("pretrain", recipe, f"run_dir={run}", "train.compile=true", timeout=2900)
+    for plain, compiled in zip(read_losses(str(undisturbed)), read_losses(str(run)), strict=True):
+        assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+
+
 def test_a_killed_launcher_leaves_no_rank_behind(recipe: Path, folder: Path) -> None:
     run = folder / "orphans"
     process = start("pretrain", recipe, f"run_dir={run}")
@@ -123,6 +135,18 @@ def test_world_size_2_then_1_then_2_in_one_epoch_gives_the_same_losses(
     assert [entry["step"] for entry in found] == list(range(STEPS))
     for want, got in zip(expected, found, strict=True):
         assert got == pytest.approx(want, rel=1e-6, abs=1e-7), want["step"]
+
+
+def test_a_rank_that_starts_after_its_launcher_died_ends_at_once() -> None:
+    """Its launcher was killed while it was still loading: nobody would ever join it."""
+    ended = subprocess.run(
+        [sys.executable, "-c", "from glipv2.pipeline import dist; dist.die_with_parent()"],
+        env=os.environ | {LAUNCHER: "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert "the launcher, process 1, is gone" in ended.stderr
 
 
 def test_a_finished_run_is_not_trained_again(recipe: Path, undisturbed: Path) -> None:

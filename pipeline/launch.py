@@ -60,6 +60,8 @@ def launch_ranks(arguments: list[str], processes: int, threads: int) -> None:
             f"rank {code} ended with exit code {failure.exitcode}; "
             "run the same command again to go on from the last checkpoint"
         ) from None
+    finally:
+        del os.environ[LAUNCHER]  # what this process starts later has another parent
 
 
 @contextmanager

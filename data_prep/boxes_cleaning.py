@@ -13,10 +13,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from glipv2.data_prep.reasons import Dropped
+from glipv2.pipeline.errors import BadSample
 from glipv2.pipeline.records import Box
 
 MAX_BOXES = 1_000
 """Boxes a record may hold; more say that the annotation is broken."""
+
+
+def check_box_count(boxes: Sequence[Any], where: str) -> None:
+    """BadSample when an image has more boxes than a record holds."""
+    if len(boxes) > MAX_BOXES:
+        raise BadSample("boxes_too_many", f"{where}: {len(boxes)}")
 
 
 def clean_box(

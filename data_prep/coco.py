@@ -1,139 +1,184 @@
 """COCO instance annotations: one JSON file, boxes as x, y, width, height, masks of three kinds.
 
-The JSON is read whole (COCO train2017 takes about 2 GB of memory), images one by one. Crowd
-regions are left out and counted: they name no single object.
+Also what Objects365, OpenImages and ODinW come in. Crowd regions are kept as such: training passes
+over them, evaluation forgives boxes inside them.
 """
 
-import json
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from pycocotools import mask as coco_mask
 
-from glipv2.data_prep.boxes_cleaning import MAX_BOXES, clean_box
-from glipv2.data_prep.image_files import check_file, check_folder, inside, load_image, record_key
+from glipv2.data_prep.boxes_cleaning import check_box_count, clean_box
+from glipv2.data_prep.image_files import (
+    ImageFile,
+    ImageFolders,
+    check_file,
+    files_digest,
+    licence_of,
+    parent,
+    record_key,
+)
+from glipv2.data_prep.json_stream import Lookup, items, sections
 from glipv2.data_prep.reasons import Dropped
+from glipv2.data_prep.source import Row, Source
 from glipv2.data_prep.text_cleaning import clean_text
+from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.errors import BadSample, DataError
 from glipv2.pipeline.records import Record, Region
 from glipv2.pipeline.region_masks import uncompress_runs
 
 MAX_COORDINATE = 1e5
 """Pixels: polygons that reach further are broken."""
-PARTS = ("images", "annotations", "categories")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CocoFile:
-    """The parts of a COCO file that are used, checked for their outer shape."""
-
-    categories: tuple[str, ...]
-    """Names in the order of their ids: what Region.category counts."""
-    category_numbers: dict[Any, int]
-    """COCO's category id -> index into `categories`."""
-    images: list[dict[str, Any]]
-    annotations: dict[Any, list[dict[str, Any]]]
-    """By image id."""
+@dataclass(frozen=True)
+class CocoCategories:
+    names: tuple[str, ...]
+    """In the order of their ids: what Region.category counts."""
+    numbers: dict[Any, int]
+    """COCO's category id -> index into `names`."""
 
 
-def open_coco(annotations: Path) -> CocoFile:
-    """Read the JSON; DataError when it is missing or not an instances file."""
+def coco_source(options: PrepareConfig) -> Source:
+    """One detection record per image of an instances file, in the file's order."""
+    (annotations,), images = options.annotations, ImageFolders(options.images)
     check_file(annotations, "COCO annotation file")
-    try:
-        document = json.loads(annotations.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{annotations} is not valid JSON: {error}; fetch it again") from error
-    lists = [document.get(part) if isinstance(document, dict) else None for part in PARTS]
-    if not all(isinstance(part, list) for part in lists):
+    images.check()
+    total, categories = coco_outline(annotations)
+    return Source(
+        rows=partial(coco_rows, annotations),
+        record=partial(_record, categories, images),
+        categories=categories.names,
+        total=total,
+        licence=licence_of(parent(annotations)),
+        content={"annotations": files_digest([annotations]), "images": images.digest()},
+    )
+
+
+def coco_outline(annotations: str) -> tuple[int, CocoCategories]:
+    """Number of images, and the categories; DataError when it is no instances file."""
+    listed: list[Any] = []
+    found, total = set(), 0
+    for name, values in sections(annotations):
+        found.add(name)
+        if name == "images":
+            total = sum(1 for _ in values)
+        elif name == "categories":
+            listed = list(values)
+    if lacking := sorted({"images", "annotations", "categories"} - found):
         raise DataError(
-            f"{annotations} lacks one of the lists {', '.join(PARTS)}; give an instances file"
+            f"{annotations} lacks the list {' and '.join(lacking)}; give an instances file"
         )
-    images, boxes, classes = (
-        [item for item in part or () if isinstance(item, dict)] for part in lists
-    )
     try:
-        named = sorted((int(item["id"]), clean_text(str(item["name"]))) for item in classes)
-    except (KeyError, TypeError, ValueError) as error:
+        named = sorted((int(item["id"]), clean_text(str(item["name"]))) for item in listed)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{annotations}: a category lacks its id or name ({error!r})") from error
-    by_image = defaultdict(list)
-    for item in boxes:
-        by_image[_hashable(item.get("image_id"))].append(item)
-    return CocoFile(
-        categories=tuple(name for _, name in named),
-        category_numbers={number: index for index, (number, _) in enumerate(named)},
-        images=images,
-        annotations=dict(by_image),
+    if len({number for number, _ in named}) < len(named):
+        raise DataError(f"{annotations}: two categories have the same id; give each its own")
+    return total, CocoCategories(
+        names=tuple(name for _, name in named),
+        numbers={number: index for index, (number, _) in enumerate(named)},
     )
 
 
-def read_coco(annotations: Path | CocoFile, images: Path, dropped: Dropped) -> Iterator[Record]:
-    """One detection record per image, in the file's order; `dropped` takes what is left out."""
-    coco = annotations if isinstance(annotations, CocoFile) else open_coco(annotations)
-    check_folder(images, "image")
-    for entry in coco.images:
-        try:
-            yield _record(coco, entry, images, dropped)
-        except BadSample as error:
-            dropped.note(error.reason, clean_text(str(entry.get("file_name"))))
+def coco_rows(annotations: str, dropped: Dropped) -> Iterator[Row]:
+    """Each image's entry together with its annotations; an id that occurs twice is noted."""
+    lookup = Lookup(items(annotations, "annotations"), "image_id")
+    seen = set()
+    for number, entry in enumerate(items(annotations, "images")):
+        entry = entry if isinstance(entry, dict) else {}
+        name, image_id = entry.get("file_name"), entry.get("id")
+        where = clean_text(name) if isinstance(name, str) else f"image entry {number}"
+        if not isinstance(image_id, int | str):
+            dropped.note("row_unreadable", where)
+        elif str(image_id) in seen:  # 1 and "1" would be one key
+            dropped.note("image_repeated", where)
+        else:
+            seen.add(str(image_id))
+            yield Row(where, (entry, lookup.get(image_id)))
 
 
-def _record(coco: CocoFile, entry: dict[str, Any], folder: Path, dropped: Dropped) -> Record:
-    name, number = entry.get("file_name"), _hashable(entry.get("id"))
-    if not isinstance(name, str) or not name or number is None:
+def _record(categories: CocoCategories, images: ImageFolders, row: Row, dropped: Dropped) -> Record:
+    entry, annotations = row.item
+    name = entry.get("file_name")
+    if not isinstance(name, str) or not name:
         raise BadSample("row_unreadable", f"image entry {str(entry)[:100]}")
-    image = load_image(inside(folder, name))
-    stated = (entry.get("width"), entry.get("height"))
-    if any(side not in (None, 0, actual) for side, actual in zip(stated, image.size, strict=True)):
-        raise BadSample("size_mismatch", f"{name}: {stated}, the image is {image.size}")
-    where = clean_text(name)
-    items = coco.annotations.get(number, [])
-    if len(items) > MAX_BOXES:
-        raise BadSample("boxes_too_many", f"{name}: {len(items)}")
-    regions = []
-    for item in items:
-        region = _region(coco, item, image.size, dropped, where)
-        if region is not None:
-            regions.append(region)
+    image = load_stated(images, name, entry)
+    check_box_count(annotations, row.where)
+    regions = coco_regions(annotations, categories, image.size, dropped, row.where)
     if not regions:
-        dropped.note("no_boxes", where)
+        dropped.note("no_boxes", row.where)
     return Record(
-        key=record_key(str(number)),
+        key=record_key(str(entry["id"])),
         image=image.data,
         image_format=image.format,
         width=image.width,
         height=image.height,
         task="detection",
-        regions=tuple(regions),
-        provenance={"source": "coco", "file": where, "image_id": number},
+        regions=regions,
+        provenance={"source": "coco", "file": row.where, "image_id": entry["id"]},
     )
 
 
+def load_stated(images: ImageFolders, name: str, entry: dict[str, Any]) -> ImageFile:
+    """The image, whose size must be the entry's `width` and `height` where it states them."""
+    image = images.load(name)
+    stated = (entry.get("width"), entry.get("height"))
+    if any(side not in (None, 0, actual) for side, actual in zip(stated, image.size, strict=True)):
+        raise BadSample("size_mismatch", f"{name}: {stated}, the image is {image.size}")
+    return image
+
+
+def coco_regions(
+    annotations: list[dict[str, Any]],
+    categories: CocoCategories,
+    size: tuple[int, int],
+    dropped: Dropped,
+    where: str,
+) -> tuple[Region, ...]:
+    """The usable ones of an image's annotations."""
+    regions = (_region(item, categories, size, dropped, where) for item in annotations)
+    return tuple(region for region in regions if region is not None)
+
+
 def _region(
-    coco: CocoFile, item: dict[str, Any], size: tuple[int, int], dropped: Dropped, where: str
+    item: dict[str, Any],
+    categories: CocoCategories,
+    size: tuple[int, int],
+    dropped: Dropped,
+    where: str,
 ) -> Region | None:
-    if item.get("iscrowd"):
-        dropped.note("crowd", where)
-        return None
-    category = coco.category_numbers.get(_hashable(item.get("category_id")))
+    category = categories.numbers.get(_hashable(item.get("category_id")))
     if category is None:
         dropped.note("category_unknown", where)
         return None
-    box = clean_box(_corners(item.get("bbox")), size, dropped, where)
+    box = clean_box(corners(item.get("bbox")), size, dropped, where)
     if box is None:
         return None
-    mask = None
-    if item.get("segmentation"):
-        mask = run_lengths(item["segmentation"], *size)
-        if mask is None:
-            dropped.note("mask_unreadable", where)
-    return Region(box=box, phrase=coco.categories[category], category=category, mask=mask)
+    return Region(
+        box=box,
+        phrase=categories.names[category],
+        category=category,
+        mask=clean_mask(item.get("segmentation"), size, dropped, where),
+        crowd=bool(item.get("iscrowd")),
+    )
 
 
-def _corners(bbox: Any) -> list[float]:
+def clean_mask(
+    segmentation: Any, size: tuple[int, int], dropped: Dropped, where: str
+) -> dict[str, Any] | None:
+    """COCO's polygons or run lengths as compressed run lengths; None, and noted, if not valid."""
+    mask = run_lengths(segmentation, *size) if segmentation else None
+    if segmentation and mask is None:
+        dropped.note("mask_unreadable", where)
+    return mask
+
+
+def corners(bbox: Any) -> list[float]:
     """x, y, width, height -> x0, y0, x1, y1; empty when they are not four numbers."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_number(side) for side in bbox):
         return []

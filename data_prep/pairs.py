@@ -1,4 +1,4 @@
-"""Image-text pairs as people have them: three layouts, recognised by what the root is.
+"""Image-text pairs as people have them: three layouts, recognised by what `--root` is.
 
 - a `.jsonl` file (or a folder with exactly one): one object per line with an image path and a text
 - a `.csv` or `.tsv` file (or a folder with exactly one): a header row names the columns
@@ -9,15 +9,19 @@ record per caption, so an image with five captions comes five times.
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterator
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glipv2.data_prep.image_files import images_by_stem, inside, load_image, record_key
+from glipv2.data_prep.image_files import ImageFolders, check_file, licence_of, parent, record_key
 from glipv2.data_prep.reasons import Dropped
+from glipv2.data_prep.source import Row, Source
 from glipv2.data_prep.text_cleaning import clean_text, cut_text, has_letters
+from glipv2.pipeline import storage
+from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.errors import BadSample, DataError
 from glipv2.pipeline.records import Record
 
@@ -32,60 +36,84 @@ MAX_CAPTION = 1_000
 MAX_LINE = 1_000_000
 
 
-class Row(NamedTuple):
+class Pair(NamedTuple):
     image: str
     caption: str
     source: str
     """Free text on where it comes from; may be empty."""
+    number: int = 0
+    """Of the row: makes its key unique."""
 
 
-def read_pairs(root: Path, dropped: Dropped, caption_field: str | None = None) -> Iterator[Record]:
-    """One `pairs` record per caption, in the file's order; `dropped` takes what is left out."""
-    table = pairs_table(root)
-    if table is None:
-        rows, folder = _rows_of_folder(root, dropped), root
-    else:
-        rows, folder = _rows_of_table(table, dropped, caption_field), table.parent
-    for number, row in enumerate(rows):
-        try:
-            yield _record(row, folder, number, dropped)
-        except BadSample as error:
-            dropped.note(error.reason, clean_text(row.image))
+def pairs_source(options: PrepareConfig) -> Source:
+    """One `pairs` record per caption, in the file's order."""
+    table = pairs_table(options.root)
+    folder = options.root if table is None else parent(table)
+    images = ImageFolders(options.images or tuple(storage.join(folder, f) for f in IMAGE_FOLDERS))
+    if options.images:
+        images.check()
+    if table is None and not _texts(folder):
+        raise DataError(
+            f"{folder} holds no .jsonl, .csv or .tsv table and no .txt file beside its images; "
+            "give a folder with one of these"
+        )
+    return Source(
+        rows=partial(_rows, table, folder, options.caption_field),
+        record=partial(_record, images),
+        licence=licence_of(folder),
+        content={
+            "table": storage.file_crc32c(table) if table else "",
+            "images": ImageFolders(options.images or (folder,)).digest(),
+            **({"caption_field": options.caption_field} if options.caption_field else {}),
+        },
+    )
 
 
-def pairs_table(root: Path) -> Path | None:
+def pairs_table(root: str) -> str | None:
     """The table that holds the pairs, or None for a folder of images with .txt files."""
-    if root.is_file():
-        if root.suffix.lower() not in TABLES and root.name != "captions.txt":
-            raise DataError(f"{root} is none of {', '.join(TABLES)}; convert it to one of them")
+    suffix = Path(root).suffix.lower()
+    if suffix in TABLES or root.endswith("captions.txt"):
+        check_file(root, "table")
         return root
-    if not root.is_dir():
+    names = storage.list_names(root)
+    if not names:
+        if storage.exists(root) and not (storage.is_local(root) and Path(root).is_dir()):
+            raise DataError(f"{root} is none of {', '.join(TABLES)}; convert it to one of them")
         raise DataError(f"{root} does not exist; give a folder or a table of image-text pairs")
-    tables = [path for path in sorted(root.iterdir()) if path.suffix.lower() in TABLES]
-    if not tables and (root / "captions.txt").is_file():
-        return root / "captions.txt"  # the layout of Flickr8k: a CSV file in disguise
+    tables = [name for name in names if Path(name).suffix.lower() in TABLES]
+    if not tables and "captions.txt" in names:
+        return storage.join(root, "captions.txt")  # the layout of Flickr8k: a CSV file in disguise
     if len(tables) > 1:
-        names = ", ".join(path.name for path in tables)
-        raise DataError(f"{root} holds several tables ({names}); name the one to read")
-    return tables[0] if tables else None
+        raise DataError(f"{root} holds several tables ({', '.join(tables)}); name the one to read")
+    return storage.join(root, tables[0]) if tables else None
 
 
-def _record(row: Row, folder: Path, number: int, dropped: Dropped) -> Record:
-    caption = clean_text(row.caption)
+def _rows(table: str | None, folder: str, caption_field: str, dropped: Dropped) -> Iterator[Row]:
+    if table is None:
+        pairs = _pairs_of_folder(folder, dropped)
+    else:
+        pairs = _pairs_of_table(table, dropped, caption_field)
+    for number, pair in enumerate(pairs):
+        yield Row(clean_text(pair.image), pair._replace(number=number))
+
+
+def _record(images: ImageFolders, row: Row, dropped: Dropped) -> Record:
+    pair = row.item
+    caption = clean_text(pair.caption)
     if not has_letters(caption):
-        raise BadSample("caption_empty", row.image)
-    path = _image_path(folder, row.image)
+        raise BadSample("caption_empty", pair.image)
+    path = Path(pair.image)
     if caption in (path.name, path.stem):
-        raise BadSample("caption_is_filename", row.image)
-    image = load_image(path)
+        raise BadSample("caption_is_filename", pair.image)
+    image = images.load(pair.image)
     if len(caption) > MAX_CAPTION:
         caption = cut_text(caption, MAX_CAPTION)
-        dropped.note("caption_cut", clean_text(row.image))
-    provenance = {"source": "pairs", "file": clean_text(row.image)}
-    if row.source:
-        provenance["origin"] = clean_text(row.source)[:MAX_CAPTION]
+        dropped.note("caption_cut", row.where)
+    provenance = {"source": "pairs", "file": row.where}
+    if pair.source:
+        provenance["origin"] = clean_text(pair.source)[:MAX_CAPTION]
     return Record(
-        key=record_key(path.stem, number),
+        key=record_key(path.stem, pair.number),
         image=image.data,
         image_format=image.format,
         width=image.width,
@@ -96,42 +124,33 @@ def _record(row: Row, folder: Path, number: int, dropped: Dropped) -> Record:
     )
 
 
-def _image_path(folder: Path, name: str) -> Path:
-    for subfolder in IMAGE_FOLDERS:
-        path = inside(folder, f"{subfolder}/{name}" if subfolder else name)
-        with suppress(OSError):  # a name longer than any file's
-            if path.is_file():
-                return path
-    raise BadSample("image_missing", f"{folder}: {name}")
+def _texts(folder: str) -> list[str]:
+    return [name for name in storage.list_names(folder) if name.endswith(".txt")]
 
 
-def _rows_of_folder(root: Path, dropped: Dropped) -> Iterator[Row]:
-    images = images_by_stem(root)
-    texts = sorted(root.glob("*.txt"))
-    if not texts:
-        raise DataError(
-            f"{root} holds no .jsonl, .csv or .tsv table and no .txt file beside its images; "
-            "give a folder with one of these"
-        )
-    for path in texts:
-        if path.stem not in images:
-            dropped.note("image_missing", clean_text(path.name))
+def _pairs_of_folder(folder: str, dropped: Dropped) -> Iterator[Pair]:
+    images = ImageFolders((folder,)).by_stem()
+    for name in _texts(folder):
+        stem = name.removesuffix(".txt")
+        if stem not in images:
+            dropped.note("image_missing", clean_text(name))
             continue
         try:
-            text = path.read_bytes()[:MAX_LINE].decode("utf-8-sig")
-        except (ValueError, OSError):
-            dropped.note("row_unreadable", clean_text(path.name))
+            data = storage.read_bytes(storage.join(folder, name), 0, MAX_LINE)
+            text = data.decode("utf-8-sig")
+        except ValueError:
+            dropped.note("row_unreadable", clean_text(name))
             continue
         lines = [line for line in text.splitlines() if line.strip()]
         for line in lines or [""]:
-            yield Row(images[path.stem].name, line, "")
+            yield Pair(images[stem], line, "")
 
 
-def _rows_of_table(table: Path, dropped: Dropped, caption_field: str | None) -> Iterator[Row]:
-    if table.suffix.lower() == ".jsonl":
-        objects = _json_objects(table, dropped)
+def _pairs_of_table(table: str, dropped: Dropped, caption_field: str) -> Iterator[Pair]:
+    if table.lower().endswith(".jsonl"):
+        objects = json_objects(table, dropped)
     else:
-        objects = _csv_objects(table, dropped)
+        objects = csv_objects(table, dropped, IMAGE_FIELDS)
     captions = (caption_field,) if caption_field else CAPTION_FIELDS
     for item in objects:
         image = _first_text(item, IMAGE_FIELDS)
@@ -139,7 +158,7 @@ def _rows_of_table(table: Path, dropped: Dropped, caption_field: str | None) -> 
         if image is None or caption is None:
             dropped.note("row_unreadable", clean_text(str(item))[:80])
             continue
-        yield Row(image, caption, _first_text(item, ("source", "url", "credit")) or "")
+        yield Pair(image, caption, _first_text(item, ("source", "url", "credit")) or "")
 
 
 def _first_text(item: dict[str, Any], names: tuple[str, ...]) -> str | None:
@@ -148,8 +167,9 @@ def _first_text(item: dict[str, Any], names: tuple[str, ...]) -> str | None:
     return next((text for text in found if text.strip()), found[0] if found else None)
 
 
-def _json_objects(table: Path, dropped: Dropped) -> Iterator[dict[str, Any]]:
-    with open(table, "rb") as file:
+def json_objects(table: str, dropped: Dropped) -> Iterator[dict[str, Any]]:
+    """One object per line; other lines are noted."""
+    with storage.open_read(table) as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
             if not line.strip():
                 continue
@@ -163,15 +183,20 @@ def _json_objects(table: Path, dropped: Dropped) -> Iterator[dict[str, Any]]:
                 dropped.note("row_unreadable", f"line {number}")
 
 
-def _csv_objects(table: Path, dropped: Dropped) -> Iterator[dict[str, Any]]:
-    delimiter = TABLES.get(table.suffix.lower(), ",")
-    with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter)
+def csv_objects(
+    table: str, dropped: Dropped, one_of: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """One object per row, by the names of the header; DataError without a column of `one_of`."""
+    delimiter = TABLES.get(Path(table).suffix.lower(), ",")
+    with storage.open_read(table) as raw:
+        file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        lines = iter(lambda: file.readline(MAX_LINE), "")
+        rows = csv.reader(lines, delimiter=delimiter)
         header = [name.strip().lower() for name in next(rows, [])]
-        if not set(header) & set(IMAGE_FIELDS):
+        if not set(header) & set(one_of):
             raise DataError(
                 f"{table}: the first row must name the columns, one of them "
-                f"{'/'.join(IMAGE_FIELDS)}; found {', '.join(header)[:100] or 'nothing'}"
+                f"{'/'.join(one_of)}; found {', '.join(header)[:100] or 'nothing'}"
             )
         while True:
             try:

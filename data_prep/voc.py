@@ -4,17 +4,29 @@
 marked `difficult` or `truncated` are kept: training uses them.
 """
 
+import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from glipv2.data_prep.boxes_cleaning import MAX_BOXES, clean_box
-from glipv2.data_prep.image_files import check_folder, images_by_stem, load_image, record_key
+from glipv2.data_prep.boxes_cleaning import check_box_count, clean_box
+from glipv2.data_prep.image_files import (
+    ImageFolders,
+    check_file,
+    check_folder,
+    licence_of,
+    parent,
+    record_key,
+)
 from glipv2.data_prep.reasons import Dropped
+from glipv2.data_prep.source import Row, Source
 from glipv2.data_prep.text_cleaning import clean_text
+from glipv2.pipeline import storage
+from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.errors import BadSample, DataError
 from glipv2.pipeline.records import Record, Region
 
@@ -22,118 +34,147 @@ MAX_XML_BYTES = 16 * 2**20
 CORNERS = (("xmin", 1.0), ("ymin", 1.0), ("xmax", 0.0), ("ymax", 0.0))
 
 
-def read_voc(
-    annotations: Path,
-    images: Path,
-    dropped: Dropped,
-    categories: Sequence[str] | None = None,
-    stems: Collection[str] | None = None,
-) -> Iterator[Record]:
+def voc_source(options: PrepareConfig) -> Source:
     """One detection record per annotation file, in the order of their names.
 
-    `categories` are the names that Region.category counts (default: `voc_categories`); `stems`
-    limits the set to annotation files of these names (without `.xml`). What is left out is
-    noted in `dropped` by reason.
+    The categories are all names of the folder, sorted, whatever `list` takes of it: every split
+    numbers them equally.
     """
-    known = tuple(categories) if categories is not None else voc_categories(annotations)
-    numbers = {name: number for number, name in enumerate(known)}
-    image_files = images_by_stem(images)
-    for path in voc_annotation_files(annotations, stems):
-        try:
-            root = _parse(path)
-            image_path = _image_of(path, root, image_files)
-            yield _record(path, root, image_path, numbers, dropped)
-        except BadSample as error:
-            dropped.note(error.reason, clean_text(path.name))
+    (folder,), images = options.annotations, ImageFolders(options.images)
+    stems = listed_names(options.list) if options.list else None
+    urls = voc_annotation_files(folder, stems)
+    images.check()
+    categories = voc_categories(folder)
+    return Source(
+        rows=partial(_rows, urls, images),
+        record=partial(_record, images, {name: number for number, name in enumerate(categories)}),
+        categories=categories,
+        total=len(urls),
+        licence=licence_of(parent(folder.rstrip("/"))),
+        content={
+            "annotations": storage.digest(
+                [(clean_text(_file_name(url)), storage.file_crc32c(url)) for url in urls]
+            ),
+            "categories": list(categories),
+            "images": images.digest(),
+        },
+    )
 
 
-def voc_annotation_files(annotations: Path, stems: Collection[str] | None = None) -> list[Path]:
+def voc_annotation_files(folder: str, stems: Collection[str] | None = None) -> list[str]:
     """The XML files in name order; DataError when there are none or a listed one is missing."""
-    check_folder(annotations, "annotation")
-    files = sorted(annotations.glob("*.xml"))
+    check_folder(folder, "annotation")
+    names = [name for name in storage.list_names(folder) if name.endswith(".xml")]
     if stems is not None:
-        absent = sorted(set(stems) - {path.stem for path in files})
+        absent = sorted(set(stems) - {name.removesuffix(".xml") for name in names})
         if absent:
             raise DataError(
                 f"{len(absent)} of {len(set(stems))} listed names have no annotation in "
-                f"{annotations}, the first is {absent[0]}.xml; mend the list"
+                f"{folder}, the first is {absent[0]}.xml; mend the list"
             )
-        files = [path for path in files if path.stem in set(stems)]
-    if not files:
-        raise DataError(f"no .xml file to read in {annotations}; give the folder with the XML")
-    return files
+        names = [name for name in names if name.removesuffix(".xml") in set(stems)]
+    if not names:
+        raise DataError(f"no .xml file to read in {folder}; give the folder with the XML")
+    return [storage.join(folder, name) for name in names]
 
 
-def voc_categories(annotations: Path) -> tuple[str, ...]:
+def voc_categories(folder: str) -> tuple[str, ...]:
     """All object names of the folder, sorted: the same for every split of it."""
     names: set[str] = set()
-    for path in voc_annotation_files(annotations):
+    for url in voc_annotation_files(folder):
         try:
-            names.update(_name(item) for item in _parse(path).iter("object"))
+            names.update(_name(item) for item in parse_xml(url).iter("object"))
         except BadSample:
-            continue  # read_voc counts it
+            continue  # it is counted when its record is made
     return tuple(sorted(names - {""}))
 
 
-def _parse(path: Path) -> ElementTree.Element:
+def _rows(urls: Sequence[str], images: ImageFolders, dropped: Dropped) -> Iterator[Row]:
+    names = images.by_stem()
+    for url in urls:
+        where = clean_text(_file_name(url))
+        try:
+            root = parse_xml(url)
+            image = _image_of(url, root, names)
+        except BadSample as error:
+            dropped.note(error.reason, where)
+        else:
+            yield Row(where, (url, image))
+
+
+def listed_names(url: str) -> set[str]:
+    """Names in a VOC list file: the first word of each line."""
+    check_file(url, "list file")
     try:
-        if path.stat().st_size > MAX_XML_BYTES:
-            raise BadSample("annotation_unreadable", f"{path}: more than {MAX_XML_BYTES} bytes")
-        return fromstring(path.read_bytes(), forbid_dtd=True)
-    except (ElementTree.ParseError, DefusedXmlException, ValueError, LookupError, OSError) as error:
-        raise BadSample("annotation_unreadable", f"{path}: {error}") from error
+        lines = storage.read_bytes(url).decode("utf-8-sig").splitlines()
+    except ValueError as error:
+        raise DataError(f"list file {url} is not UTF-8 text: {error}") from error
+    names = {line.split()[0] for line in lines if line.strip()}
+    if not names:
+        raise DataError(f"list file {url} names nothing; write one image name per line")
+    return names
 
 
-def _image_of(path: Path, root: ElementTree.Element, image_files: dict[str, Path]) -> Path:
+def _file_name(url: str) -> str:
+    return url.rsplit("/", 1)[-1]
+
+
+def parse_xml(url: str) -> ElementTree.Element:
+    """An annotation file; BadSample when it is too large, no XML, or defines entities."""
+    try:
+        data = storage.read_bytes(url, 0, MAX_XML_BYTES + 1)
+        if len(data) > MAX_XML_BYTES:
+            raise BadSample("annotation_unreadable", f"{url}: more than {MAX_XML_BYTES} bytes")
+        return fromstring(data, forbid_dtd=True)
+    except (ElementTree.ParseError, DefusedXmlException, ValueError, LookupError) as error:
+        raise BadSample("annotation_unreadable", f"{url}: {error}") from error
+
+
+def _image_of(url: str, root: ElementTree.Element, names: dict[str, str]) -> str:
     """The image of the same stem, else of the name inside the XML (its folders don't count)."""
     named = (root.findtext("filename") or "").replace("\\", "/").rsplit("/", 1)[-1]
-    for stem in (path.stem, Path(named).stem):
-        if stem in image_files:
-            return image_files[stem]
-    raise BadSample("image_missing", f"{path}: no image {path.stem}.*")
+    own = _file_name(url).removesuffix(".xml")
+    for stem in (own, Path(named).stem):
+        if stem in names:
+            return names[stem]
+    raise BadSample("image_missing", f"{url}: no image {own}.*")
 
 
-def _record(
-    path: Path,
-    root: ElementTree.Element,
-    image_path: Path,
-    numbers: dict[str, int],
-    dropped: Dropped,
-) -> Record:
-    image = load_image(image_path)
-    stated = (root.findtext("size/width"), root.findtext("size/height"))
-    if not _agrees(stated, image.size):
-        raise BadSample("size_mismatch", f"{path} says {stated}, {image_path} is {image.size}")
-    where = clean_text(path.name)
+def _record(images: ImageFolders, numbers: dict[str, int], row: Row, dropped: Dropped) -> Record:
+    url, image_name = row.item
+    root = parse_xml(url)
+    image = images.load(image_name)
+    check_stated_size(root, image.size, url)
     objects = root.findall("object")
-    if len(objects) > MAX_BOXES:
-        raise BadSample("boxes_too_many", f"{path}: {len(objects)}")
+    check_box_count(objects, url)
     regions = []
     for item in objects:
-        region = _region(item, image.size, numbers, dropped, where)
+        region = _region(item, image.size, numbers, dropped, row.where)
         if region is not None:
             regions.append(region)
     if not regions:
-        dropped.note("no_boxes", where)
+        dropped.note("no_boxes", row.where)
     return Record(
-        key=record_key(path.stem),
+        key=record_key(_file_name(url).removesuffix(".xml")),
         image=image.data,
         image_format=image.format,
         width=image.width,
         height=image.height,
         task="detection",
         regions=tuple(regions),
-        provenance={"source": "voc", "file": clean_text(image_path.name)},
+        provenance={"source": "voc", "file": clean_text(image_name)},
     )
 
 
-def _agrees(stated: tuple[str | None, str | None], found: tuple[int, int]) -> bool:
-    """Annotations without a size, or with zeros, are taken at their word."""
+def check_stated_size(root: ElementTree.Element, found: tuple[int, int], where: str) -> None:
+    """BadSample when the annotation is of another size; without a size, or with zeros, it is not."""
+    stated = (root.findtext("size/width"), root.findtext("size/height"))
     try:
         sizes = [float(text or 0) for text in stated]
     except ValueError:
-        return False
-    return all(size in (0, actual) for size, actual in zip(sizes, found, strict=True))
+        sizes = [math.nan, math.nan]
+    if not all(size in (0, actual) for size, actual in zip(sizes, found, strict=True)):
+        raise BadSample("size_mismatch", f"{where} says {stated}, the image is {found}")
 
 
 def _region(
@@ -147,14 +188,19 @@ def _region(
     if name not in numbers:
         dropped.note("category_unknown", where)
         return None
+    box = clean_box(box_corners(item), size, dropped, where)
+    return None if box is None else Region(box=box, phrase=name, category=numbers[name])
+
+
+def box_corners(item: ElementTree.Element) -> list[float | None]:
+    """An object's x0, y0, x1, y1, 0-based with exclusive ends; None for what is no number."""
     corners: list[float | None] = []
     for tag, offset in CORNERS:
         try:
             corners.append(float(item.findtext(f"bndbox/{tag}") or "") - offset)
         except ValueError:
-            corners.append(None)  # clean_box names the reason
-    box = clean_box(corners, size, dropped, where)
-    return None if box is None else Region(box=box, phrase=name, category=numbers[name])
+            corners.append(None)
+    return corners
 
 
 def _name(item: ElementTree.Element) -> str:

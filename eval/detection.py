@@ -163,7 +163,7 @@ def _coco_truth(records: Sequence[Record], category_ids: dict[str, int]) -> dict
                     "id": len(annotations) + 1,  # pycocotools reads id 0 as "unmatched"
                     "image_id": image_id,
                     "category_id": category_ids[names[region.category]],
-                    "iscrowd": 0,
+                    "iscrowd": int(region.crowd),
                     **_coco_box(region.box),
                 }
             )

@@ -5,48 +5,94 @@ Run again with the same settings it reuses what is there; cut off, it goes on.
 
 import argparse
 import json
-from collections import Counter
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
-from glipv2.data_prep.reasons import REASONS, Dropped
-from glipv2.data_prep.sources import Source, open_source
+from glipv2.data_prep.cleaning import Cleaner, clean_plan, hashes_of_shard, shards_of
+from glipv2.data_prep.looks import Looks
+from glipv2.data_prep.reasons import REASONS
+from glipv2.data_prep.source import Source
+from glipv2.data_prep.sources import KINDS, open_source
 from glipv2.data_prep.toy import TOY_SETS
-from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage
+from glipv2.data_prep.writing import (
+    Chunk,
+    chunk_writer,
+    chunks,
+    forget_looks,
+    looks_noter,
+    summed,
+    without_repeated,
+)
+from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage, use_cluster
 from glipv2.pipeline import storage
-from glipv2.pipeline.config import PrepareConfig, RunConfig
+from glipv2.pipeline.config import CleanConfig, PrepareConfig, RunConfig
 from glipv2.pipeline.errors import ConfigError, DataError
-from glipv2.pipeline.progress import progress
-from glipv2.pipeline.records import Record
+from glipv2.pipeline.progress import bar
+from glipv2.pipeline.ray_map import map_in_process, map_on_ray
 from glipv2.pipeline.shard_format import MANIFEST
-from glipv2.pipeline.shards import ShardSet, check_shard_sizes, open_shard_set, write_shard_set
+from glipv2.pipeline.shards import (
+    ShardInfo,
+    ShardSet,
+    check_shard_sizes,
+    open_shard_set,
+    write_manifest,
+)
 
 SAMPLES_PER_SHARD = 256
+SMALL = 16 * SAMPLES_PER_SHARD
+"""Rows that one process reads faster than others could be started."""
 PLAN = "prepare.json"
 """What is being made in the folder, written first: a second command with other settings sees it."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "set": {"choices": tuple(TOY_SETS)},
+    "count": {"type": int, "help": "number of images"},
+    "size": {"type": int, "default": 128, "help": "image side in pixels (default 128)"},
+    "hard": {"action": "store_true", "help": "more, smaller objects, strong colours"},
+    "seed": {"type": int, "default": 0},
+    "annotations": {"nargs": "+", "metavar": "URL", "help": "annotation files (voc: the folder)"},
+    "images": {"nargs": "+", "metavar": "URL", "help": "folders of images, searched in this order"},
+    "root": {"metavar": "URL", "help": "the folder that the source comes as, or its one file"},
+    "list": {"metavar": "FILE", "help": "only these names, one a line"},
+    "split": {"help": "only this part of the data, by the source's own name for it"},
+    "caption_field": {"metavar": "NAME", "help": "the field that holds the text"},
+}
+RULES: dict[str, dict[str, Any]] = {
+    "exclude": {"nargs": "+", "metavar": "SHARDS",
+                "help": "drop images that look like one of these sets (evaluation sets)"},
+    "duplicates": {"action": "store_true", "default": None,
+                   "help": "drop repeated samples and other files that look the same"},
+    "look_distance": {"type": int, "metavar": "BITS",
+                      "help": "how much images that look the same may differ (default 3 of 64)"},
+    "min_side": {"type": int, "metavar": "PX", "help": "shortest side that is kept"},
+    "max_aspect": {"type": float, "metavar": "RATIO", "help": "longer over shorter side"},
+    "min_words": {"type": int, "help": "words of the caption"},
+    "max_words": {"type": int, "help": "words of the caption"},
+    "languages": {"nargs": "+", "metavar": "CODE",
+                  "help": "drop captions that are surely in none of these (en de ...)"},
+}  # fmt: skip
+"""What is left out by choice; every drop is listed in OUT/dropped/."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    toy = sources.add_parser("toy", help="rendered scenes of coloured shapes; all truth known")
-    toy.add_argument("--set", required=True, choices=tuple(TOY_SETS))
-    toy.add_argument("--count", type=int, required=True, help="number of images")
-    toy.add_argument("--size", type=int, default=128, help="image side in pixels (default 128)")
-    toy.add_argument("--hard", action="store_true", help="more, smaller objects, strong colours")
-    toy.add_argument("--seed", type=int, default=0)
-    voc = sources.add_parser("voc", help="PASCAL VOC: a folder of XML files, a folder of images")
-    voc.add_argument("--annotations", required=True, metavar="FOLDER")
-    voc.add_argument("--images", required=True, metavar="FOLDER")
-    voc.add_argument("--list", default="", metavar="FILE", help="only these names, one a line")
-    coco = sources.add_parser("coco", help="COCO: an instances JSON file, a folder of images")
-    coco.add_argument("--annotations", required=True, metavar="FILE")
-    coco.add_argument("--images", required=True, metavar="FOLDER")
-    pairs = sources.add_parser(
-        "pairs", help="images with texts: .jsonl, .csv, .tsv, or a .txt beside each image"
-    )
-    pairs.add_argument("--root", required=True, metavar="FOLDER_OR_FILE")
-    for source in (toy, voc, coco, pairs):
+    for name, kind in KINDS.items():
+        source = sources.add_parser(name, help=kind.help, description=kind.help)
+        for option in (*kind.needs, *kind.takes):
+            required = {"required": True} if option in kind.needs else {}
+            flag = "--" + option.replace("_", "-")
+            source.add_argument(flag, **required, **OPTIONS[option])
+        rules = source.add_argument_group("leave out", "off by default; listed in OUT/dropped/")
+        for rule, how in RULES.items():
+            rules.add_argument("--" + rule.replace("_", "-"), **how)
         source.add_argument("--out", required=True, metavar="URL", help="folder of the shard set")
+        source.add_argument(
+            "--workers", type=int, help="processes that read images (default: one per CPU; 0 none)"
+        )
+        source.add_argument("--address", help="Ray cluster to run on, for example auto")
     add_recipe_arguments(sources.add_parser("recipe", help="all sets of a recipe, under data.root"))
 
 
@@ -58,9 +104,19 @@ def run(arguments: argparse.Namespace) -> int:
         with stage(config.run_dir, "prepare"):
             prepare_recipe(config)
         return 0
-    chosen = {k: v for k, v in vars(arguments).items() if k not in ("out", "command")}
-    prepare_set(arguments.out, PrepareConfig(**chosen))
+    use_cluster(arguments.address)
+    options = PrepareConfig(
+        **_given(arguments, PrepareConfig), clean=CleanConfig(**_given(arguments, CleanConfig))
+    )
+    prepare_set(arguments.out, options, workers=arguments.workers)
     return 0
+
+
+def _given(arguments: argparse.Namespace, config: type) -> dict[str, Any]:
+    """What the command line says of a configuration class."""
+    values = {field.name: getattr(arguments, field.name, None) for field in fields(config)}
+    given = {name: value for name, value in values.items() if value is not None}
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
 
 
 def prepare_recipe(config: RunConfig) -> None:
@@ -70,17 +126,21 @@ def prepare_recipe(config: RunConfig) -> None:
 
 
 def prepare_set(
-    url: str, options: PrepareConfig, samples_per_shard: int = SAMPLES_PER_SHARD
+    url: str,
+    options: PrepareConfig,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    workers: int | None = None,
 ) -> ShardSet:
     """Make the shard set at `url`, or return it when it is there already.
 
+    `workers` processes read the images, none for 0; None takes all CPUs, but none for a small set.
     A folder that holds, or was begun with, other settings is a DataError: nothing is overwritten.
     """
     source = open_source(options)
     plan = {
         "source": options.source,
         "samples_per_shard": samples_per_shard,
-        "content": source.content,
+        "content": source.content | clean_plan(options.clean),
     }
     if storage.exists(storage.join(url, MANIFEST)):
         shard_set = open_shard_set(url)
@@ -90,11 +150,72 @@ def prepare_set(
         return shard_set
     if not storage.create_once(storage.join(url, PLAN), storage.canonical_json(plan)):
         _check_same(url, _begun(url), plan)
-    info: dict[str, Any] = {"plan": plan, "licence": source.licence}
-    records = _counted(source, url, info)
-    shard_set = write_shard_set(url, records, source.categories, info, samples_per_shard)
+    workers = _worker_count(source, url, workers)
+    shards = _shards(source, url, options, samples_per_shard, workers)
+    info = {"plan": plan, "licence": source.licence, **source.info, **summed(shards)}
+    if not info["totals"]["samples"]:
+        reasons = ", ".join(f"{number} {code}" for code, number in info["counts"].items())
+        raise DataError(f"{url}: no usable sample in the source ({reasons or 'it is empty'})")
+    filled = [shard for shard in shards if shard.samples]
+    shard_set = write_manifest(url, filled, source.categories, info)
+    forget_looks(url)
     print(closing_table(shard_set))  # noqa: T201 - the answer of the command
     return shard_set
+
+
+def _shards(
+    source: Source, url: str, options: PrepareConfig, samples_per_shard: int, workers: int
+) -> list[ShardInfo]:
+    """Every shard of the set in order, written where it is not there yet."""
+    name = url.rstrip("/").rsplit("/", 1)[-1]
+    rules = options.clean
+    excluded = Looks(rules.look_distance)
+    unwanted = shards_of(rules.exclude)
+    for _, hashes in _mapped(lambda: hashes_of_shard, unwanted, workers, "hash excluded images"):
+        for value in hashes:
+            excluded.add(value)
+    cleaner = Cleaner(source.record, rules, excluded)
+    todo = chunks(source, samples_per_shard)
+    if rules.duplicates:
+        make_noter = partial(looks_noter, url, cleaner)
+        _exhaust(_mapped(make_noter, todo, workers, f"compare {name}", source.total))
+        todo = without_repeated(url, chunks(source, samples_per_shard), rules.look_distance)
+    make_writer = partial(chunk_writer, url, cleaner)
+    done = _mapped(make_writer, todo, workers, f"prepare {name}", source.total)
+    finished = {chunk.number: shard for chunk, shard in done}
+    return [finished[number] for number in sorted(finished)]
+
+
+def _mapped(
+    make_worker: Any, items: Iterable[Any], workers: int, shown: str, rows: int | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """The worker's results with a progress bar, which counts rows where items are chunks."""
+    if workers:
+        done = map_on_ray(make_worker, items, num_actors=workers)
+    else:
+        done = map_in_process(make_worker, items)
+    progress = None
+    try:
+        for item, result in done:
+            progress = progress or bar(rows, shown, "row" if rows else "it")
+            progress.update(len(item.rows) if isinstance(item, Chunk) else 1)
+            yield item, result
+    finally:
+        if progress is not None:
+            progress.close()
+
+
+def _exhaust(items: Iterable[Any]) -> None:
+    deque(items, maxlen=0)
+
+
+def _worker_count(source: Source, url: str, wanted: int | None) -> int:
+    if url.startswith("memory:"):  # nobody else sees this process's memory
+        return 0
+    if wanted is not None:
+        return wanted
+    small = source.total is not None and source.total <= SMALL
+    return 0 if small else os.cpu_count() or 1
 
 
 def closing_table(shard_set: ShardSet) -> str:
@@ -111,22 +232,6 @@ def closing_table(shard_set: ShardSet) -> str:
         what = f"{unit} left out" if unit != "kept" else "kept"
         lines.append(f"  {number:7d}  {what:15s}  {code:22s} {meaning}; first: {first[code]}")
     return "\n".join(lines)
-
-
-def _counted(source: Source, url: str, info: dict[str, Any]) -> Iterator[Record]:
-    """The records; once the last one was taken, `info` holds the counts for the manifest."""
-    dropped = Dropped()
-    totals = Counter(samples=0, boxes=0, phrases=0)
-    name = storage.join(url).rsplit("/", 1)[-1]
-    for record in progress(source.records(dropped), source.total, f"prepare {name}"):
-        totals["samples"] += 1
-        totals["boxes"] += len(record.regions)
-        totals["phrases"] += len({region.spans for region in record.regions if region.spans})
-        yield record
-    if not totals["samples"]:
-        reasons = ", ".join(f"{number} {code}" for code, number in dropped.most_common())
-        raise DataError(f"{url}: no usable sample in the source ({reasons or 'it is empty'})")
-    info |= {"counts": dict(dropped), "first": dropped.first, "totals": dict(totals)}
 
 
 def _begun(url: str) -> Any:

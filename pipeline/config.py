@@ -17,10 +17,43 @@ def _require(condition: bool, key: str, rule: str, value: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CleanConfig:
+    """What of a source is left out though it could be read. Every rule is off by default."""
+
+    exclude: tuple[str, ...] = ()
+    """Shard sets, above all those of evaluation: images that look like one of theirs are dropped,
+    whatever their file is called."""
+    duplicates: bool = False
+    """Drop repeated samples: equal image and text, or another file that looks the same."""
+    look_distance: int = 3
+    """Bits of the 64-bit perceptual hash in which images that "look the same" may differ; 0 wants
+    equal hashes. Strongly flipped or cropped copies are not found."""
+    min_side: int = 0
+    """Pixels of the shorter side."""
+    max_aspect: float = 0.0
+    """Longer side over shorter side; 0 allows any."""
+    min_words: int = 0
+    max_words: int = 0
+    """Words of the caption; 0 allows any number."""
+    languages: tuple[str, ...] = ()
+    """ISO 639-1 codes, such as en: captions that are surely in another language are dropped."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.look_distance <= 7, "clean.look_distance", "between 0 and 7",
+                 self.look_distance)  # fmt: skip
+        _require(self.max_aspect == 0 or self.max_aspect >= 1, "clean.max_aspect",
+                 "0 or at least 1", self.max_aspect)  # fmt: skip
+        for key in ("min_side", "min_words", "max_words"):
+            _require(getattr(self, key) >= 0, f"clean.{key}", "0 or more", getattr(self, key))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """How one shard set of the run is made; the same options as `glipv2 prepare`."""
 
-    source: Literal["toy", "voc", "coco", "pairs"]
+    source: Literal["toy", "coco", "lvis", "voc", "yolo", "glip-tsv", "visual-genome", "mdetr",
+                    "flickr30k-entities", "refcoco", "phrasecut", "vqav2", "coco-captions",
+                    "pairs", "webdataset"]  # fmt: skip
     set: str = ""
     """toy: which of its sets."""
     count: int = 0
@@ -30,14 +63,22 @@ class PrepareConfig:
     hard: bool = False
     """toy: the harder world (more and smaller objects, coloured background)."""
     seed: int = 0
-    annotations: str = ""
-    """voc: folder of XML files; coco: the JSON file."""
-    images: str = ""
-    """voc, coco: folder of images."""
+    annotations: tuple[str, ...] = ()
+    """Annotation files, or the folder of XML files (voc)."""
+    images: tuple[str, ...] = ()
+    """Folders of images; an image is taken from the first that has it."""
     root: str = ""
-    """pairs: folder with images and pairs.jsonl, .csv, .tsv or one .txt per image."""
+    """Folder of a source that comes as one."""
     list: str = ""
     """voc: text file with one image name per line; empty takes every image."""
+    split: str = ""
+    """Part of the data to take, where a source names its splits in its files."""
+    min_count: int = 1
+    """visual-genome: objects that a name needs in the file to be a category."""
+    caption_field: str = ""
+    """pairs: column that holds the text; empty looks for the usual ones."""
+
+    clean: CleanConfig = field(default_factory=CleanConfig)
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", "0 or more", self.seed)

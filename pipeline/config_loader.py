@@ -197,6 +197,8 @@ def _merge(old: Any, new: Any) -> Any:
 
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if isinstance(value, str) and arguments == (str, ...):
+        value = [value]
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{path} must be a list, not {value!r}")
     if arguments[-1] is Ellipsis:

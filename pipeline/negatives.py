@@ -22,7 +22,8 @@ class TrainingText:
 
     prompt: Prompt
     phrase_of_region: list[int | None]
-    """Which phrase names each region of the record; None when it didn't fit into the text."""
+    """Which phrase names each region of the record; None when it didn't fit into the text, and for
+    crowds, which have no single box to learn."""
     categories: list[int | None]
     """Category number of each phrase in its own shard set; None for phrases of captions."""
     maskable: tuple[Span, ...]
@@ -60,8 +61,9 @@ def detection_text(
     `names` are the categories of its shard set, `costs` their lengths in tokens; the text takes at
     most `budget` tokens. Present categories go first: only a budget too small for them loses any.
     """
-    present = sorted({region.category for region in record.regions if region.category is not None})
-    absent = sorted(set(range(len(names))) - set(present))
+    shown = {r.category for r in record.regions if r.category is not None}
+    present = sorted({r.category for r in record.regions if not r.crowd} & shown)
+    absent = sorted(set(range(len(names))) - shown)  # a crowd's category is no negative either
     count = len(names) if settings.fixed else settings.draw_count(settings.max_categories, rng)
     candidates = [*rng.permutation(present), *rng.permutation(absent)[:count]]
     chosen: list[int] = []
@@ -76,7 +78,10 @@ def detection_text(
     phrase_of = {category: phrase for phrase, category in enumerate(chosen)}
     return TrainingText(
         prompt=prompt,
-        phrase_of_region=[phrase_of.get(region.category) for region in record.regions],  # type: ignore[arg-type]
+        phrase_of_region=[
+            None if region.crowd else phrase_of.get(region.category)  # type: ignore[arg-type]
+            for region in record.regions
+        ],
         categories=list(chosen),
         maskable=tuple(
             span for c in present if c in phrase_of for span in prompt.spans[phrase_of[c]]
@@ -106,7 +111,7 @@ def caption_text(
     )
     return TrainingText(
         prompt=prompt,
-        phrase_of_region=list(range(len(record.regions))),
+        phrase_of_region=[None if r.crowd else n for n, r in enumerate(record.regions)],
         categories=[None] * len(record.regions),
         maskable=((shift, shift + len(record.caption)),),
     )

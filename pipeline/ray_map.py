@@ -9,8 +9,9 @@ import os
 import secrets
 import socket
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, TypeVar
 
 from glipv2.pipeline.errors import ConfigError, PoisonItemError
@@ -64,7 +65,7 @@ def _reach(address: str) -> None:
 
 
 def map_in_process(
-    make_worker: MakeWorker[Item, Result], items: Sequence[Item]
+    make_worker: MakeWorker[Item, Result], items: Iterable[Item]
 ) -> Iterator[tuple[Item, Result]]:
     """The same as `map_on_ray` in this process, for debugging and tests."""
     worker = make_worker()
@@ -74,57 +75,73 @@ def map_in_process(
 
 def map_on_ray(
     make_worker: MakeWorker[Item, Result],
-    items: Sequence[Item],
+    items: Iterable[Item],
     *,
     num_actors: int,
     gpus_per_actor: float = 0.0,
 ) -> Iterator[tuple[Item, Result]]:
     """Yield (item, result) as they finish, in any order.
 
-    Each actor calls `make_worker()` once. An actor that dies is replaced and its item tried again;
-    an exception of the worker ends the map and is raised here. Raises PoisonItemError at the end
-    when an item killed MAX_KILLS actors. Workers must be safe to run twice on one item.
+    Items are taken when an actor is free for them, so any number of them needs little memory. Each
+    actor calls `make_worker()` once. An actor that dies is replaced and its item tried again; an
+    exception of the worker ends the map and is raised here. Raises PoisonItemError at the end when
+    an item killed MAX_KILLS actors. Workers must be safe to run twice on one item.
     """
-    if not items:
+    waiting = ((item, 0) for item in items)
+    again = deque(islice(waiting, 1))
+    """Items to take first, and how many actors each has killed."""
+    if not again:
         return
     start_ray(num_actors)
     import ray
 
     actor_class = _actor_class(gpus_per_actor)
     num_actors = min(num_actors, _room(gpus_per_actor))
-    waiting = deque(range(len(items)))
-    kills: Counter[int] = Counter()
-    idle = [actor_class.remote(make_worker) for _ in range(min(num_actors, len(items)))]
-    running: dict[Any, tuple[int, Any]] = {}
+    poison: list[str] = []
+    idle: list[Any] = []
+    running: dict[Any, tuple[Item, int, Any]] = {}
     try:
-        while waiting or running:
-            while waiting and idle:
-                number, actor = waiting.popleft(), idle.pop()
-                running[actor.work.remote(items[number])] = (number, actor)
+        while True:
+            while len(running) < num_actors:
+                again = again or deque(islice(waiting, 1))
+                if not again:
+                    break
+                item, kills = again.popleft()
+                actor = idle.pop() if idle else actor_class.remote(make_worker)
+                running[actor.work.remote(item)] = (item, kills, actor)
+            if not running:
+                break
             [done], _ = ray.wait(list(running), num_returns=1)
-            number, actor = running.pop(done)
+            item, kills, actor = running.pop(done)
             try:
-                result = ray.get(done)
+                result = _result(done)
             except ray.exceptions.RayActorError as error:
-                kills[number] += 1
-                log.warning("a worker died on %s: %s", items[number], error)
-                if kills[number] < MAX_KILLS:
-                    waiting.append(number)
-                idle.append(actor_class.remote(make_worker))
+                log.warning("a worker died on %s: %s", item, error)
+                if kills + 1 < MAX_KILLS:
+                    again.append((item, kills + 1))
+                else:
+                    poison.append(str(item))
                 continue
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause if isinstance(error.cause, Exception) else error from None
             idle.append(actor)
-            yield items[number], result
+            yield item, result
     finally:
-        for actor in [*idle, *(actor for _, actor in running.values())]:
+        for actor in [*idle, *(actor for _, _, actor in running.values())]:
             ray.kill(actor)
-    poison = [str(items[number]) for number, count in kills.items() if count >= MAX_KILLS]
     if poison:
         raise PoisonItemError(
             f"workers died {MAX_KILLS} times on: {', '.join(poison)}; all other items are done. "
             "If memory ran out, use fewer actors or smaller batches; else look at these items"
         )
+
+
+def _result(reference: Any) -> Any:
+    """The worker's result, or its own exception."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
 
 
 def _room(gpus_per_actor: float) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from glipv2.pipeline.errors import BadSample
 from glipv2.pipeline.images import image_format, image_size
-from glipv2.pipeline.records import TASKS, Box, Record, Region, Span
+from glipv2.pipeline.records import TASKS, Box, Question, Record, Region, Span
 from glipv2.pipeline.shard_format import KEY, RawSample
 from glipv2.pipeline.storage import canonical_json
 
@@ -16,13 +16,17 @@ MAX_REGIONS = 1_000
 BOX_TOLERANCE = 1.0
 """Pixels by which a box may reach over the image's edge (it is clipped then)."""
 TEXT_TASKS = ("grounding", "pairs", "captioning", "referring")
+MAX_QUESTIONS = 10_000
+MAX_ANSWERS = 1_000
 RECORD_FIELDS = {"task", "caption", "width", "height", "regions", "provenance"}
-REGION_FIELDS = {"box", "spans", "phrase", "category", "score", "mask"}
+TASK_FIELDS = {"captions", "questions"}
+"""Only there when they hold something."""
+REGION_FIELDS = {"box", "spans", "phrase", "category", "score", "mask", "crowd"}
 
 
 def record_members(record: Record) -> dict[str, bytes]:
     """Extension -> content; the same record always gives the same bytes."""
-    document = {
+    document: dict[str, Any] = {
         "task": record.task,
         "caption": record.caption,
         "width": record.width,
@@ -30,6 +34,13 @@ def record_members(record: Record) -> dict[str, bytes]:
         "regions": [_region_json(region) for region in record.regions],
         "provenance": record.provenance,
     }
+    if record.captions:
+        document["captions"] = list(record.captions)
+    if record.questions:
+        document["questions"] = [
+            {"id": asked.id, "text": asked.text, "answers": list(asked.answers)}
+            for asked in record.questions
+        ]
     try:
         text = canonical_json(document)
     except (ValueError, TypeError) as error:
@@ -72,7 +83,9 @@ def parse_record(raw: RawSample, category_count: int | None = None) -> Record:
         height=height,
         task=task,
         caption=caption,
+        captions=_texts(document.get("captions", []), "captions", MAX_QUESTIONS),
         regions=tuple(_region(item, caption, (width, height)) for item in regions),
+        questions=_questions(document.get("questions", [])),
         provenance=document["provenance"],
     )
     _check_labels(record, category_count)
@@ -103,7 +116,7 @@ def _load_json(members: Any) -> dict[str, Any]:
         )
     except (ValueError, RecursionError) as error:
         raise BadSample("json_invalid", str(error)[:200]) from error
-    if not isinstance(document, dict) or set(document) != RECORD_FIELDS:
+    if not isinstance(document, dict) or set(document) - TASK_FIELDS != RECORD_FIELDS:
         raise BadSample("json_schema", f"fields must be {sorted(RECORD_FIELDS)}")
     return document
 
@@ -134,6 +147,7 @@ def _region_json(region: Region) -> dict[str, Any]:
         "category": region.category,
         "score": float(region.score),
         "mask": region.mask,
+        "crowd": region.crowd or None,
     }
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -147,6 +161,9 @@ def _region(item: Any, caption: str, size: tuple[int, int]) -> Region:
         raise BadSample("score_invalid", str(score))
     if mask is not None and not isinstance(mask, dict):
         raise BadSample("json_schema", "mask must be an object")
+    crowd = item.get("crowd", False)
+    if not isinstance(crowd, bool):
+        raise BadSample("json_schema", "crowd must be true or false")
     spans = item.get("spans", [])
     if not isinstance(spans, list):
         raise BadSample("json_schema", "spans must be a list")
@@ -157,7 +174,31 @@ def _region(item: Any, caption: str, size: tuple[int, int]) -> Region:
         category=None if category is None else _integer(category, "category", minimum=0),
         score=score,
         mask=mask,
+        crowd=crowd,
     )
+
+
+def _questions(value: Any) -> tuple[Question, ...]:
+    if not isinstance(value, list) or len(value) > MAX_QUESTIONS:
+        raise BadSample("json_schema", f"questions must be a list of at most {MAX_QUESTIONS}")
+    questions = []
+    for item in value:
+        if not isinstance(item, dict) or set(item) != {"id", "text", "answers"}:
+            raise BadSample("json_schema", "a question has the fields id, text and answers")
+        questions.append(
+            Question(
+                id=_text(item["id"], "question id"),
+                text=_text(item["text"], "question"),
+                answers=_texts(item["answers"], "answers", MAX_ANSWERS),
+            )
+        )
+    return tuple(questions)
+
+
+def _texts(value: Any, name: str, most: int) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) > most:
+        raise BadSample("json_schema", f"{name} must be a list of at most {most}")
+    return tuple(_text(item, name) for item in value)
 
 
 def _box(value: Any, size: tuple[int, int]) -> Box:
@@ -187,6 +228,8 @@ def _span(value: Any, caption: str) -> Span:
 
 def _check_labels(record: Record, category_count: int | None) -> None:
     """What the task needs of every region, so that training never meets a box without a name."""
+    if record.task == "vqa" and not record.questions:
+        raise BadSample("question_missing")
     for region in record.regions:
         if record.task == "detection" and region.category is None:
             raise BadSample("category_missing", str(region.box))

@@ -26,6 +26,18 @@ class Region:
     """1 for human labels, the teacher's confidence for pseudo labels."""
     mask: dict[str, Any] | None = None
     """COCO run-length encoding {"size": [h, w], "counts": str}."""
+    crowd: bool = False
+    """A group that names no single object: not trained on, and forgiven in evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked of an image (task `vqa`)."""
+
+    id: str
+    text: str
+    answers: tuple[str, ...] = ()
+    """Those of several people, ten in VQAv2; empty where they are kept secret."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +55,10 @@ class Record:
     task: Task
     caption: str = ""
     """As given; empty for detection data, whose prompt is built from category names."""
+    captions: tuple[str, ...] = ()
+    """All captions of the image (task `captioning`), `caption` being the first."""
     regions: tuple[Region, ...] = ()
+    questions: tuple[Question, ...] = ()
+    """Task `vqa`."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Source name, url, licence, teacher digest, label settings digest."""

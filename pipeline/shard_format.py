@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import BadSample, DataError
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of the manifest and the commit records."""
 MANIFEST = "dataset.json"
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
@@ -42,12 +43,16 @@ class ShardInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleEntry:
-    """Where one sample lies in its tar: all its members, headers included."""
+    """Where one sample lies in its tar: all its members, headers included.
+
+    The index also says where each member's content is, so reading parses no tar header."""
 
     key: str
     offset: int
     length: int
     crc32c: str
+    members: Mapping[str, tuple[int, int]]
+    """Extension -> (offset, size) of its content, counted from the sample's first byte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,29 @@ def walk_tar(file: BinaryIO) -> Iterator[tuple[int, tarfile.TarInfo]]:
             raise tarfile.HeaderError(f"member of {member.size} bytes")
         yield offset, member
         file.seek(offset + TAR_BLOCK + padded(member.size))
+
+
+def walk_samples(file: BinaryIO) -> Iterator[tuple[str, int, int, dict[str, list[int]]]]:
+    """(key, offset, length, members) of each run of members with one stem; `members` as in
+    SampleEntry. The caller may move the file's position in between.
+
+    HeaderError for members that are no plain files, and for two of one name.
+    """
+    key, start, end = "", 0, 0
+    members: dict[str, list[int]] = {}
+    for offset, member in walk_tar(file):
+        stem, _, extension = member.name.partition(".")
+        if stem != key:
+            if key:
+                yield key, start, end - start, members
+            key, start, members = stem, offset, {}
+        if not member.isreg() or extension in members:
+            raise tarfile.HeaderError(f"member {member.name[:100]!r} is no plain file, or a second")
+        if extension in EXTENSIONS:
+            members[extension] = [offset + TAR_BLOCK - start, member.size]
+        end = offset + TAR_BLOCK + padded(member.size)
+    if key:
+        yield key, start, end - start, members
 
 
 def padded(size: int) -> int:

@@ -1,7 +1,5 @@
 """Reading shard sets by index: the manifest says what exists, one ranged read fetches a slice."""
 
-import io
-import tarfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
@@ -10,10 +8,8 @@ from glipv2.pipeline.errors import BadSample, DataError
 from glipv2.pipeline.record_json import parse_record
 from glipv2.pipeline.records import Record
 from glipv2.pipeline.shard_format import (
-    EXTENSIONS,
     MANIFEST,
     NAME,
-    TAR_BLOCK,
     RawSample,
     SampleEntry,
     ShardInfo,
@@ -22,7 +18,6 @@ from glipv2.pipeline.shard_format import (
     load_json,
     manifest_content,
     shard_url,
-    walk_tar,
 )
 
 SLICE = 256
@@ -161,8 +156,8 @@ def _read_index(url: str, name: str, size: int, crc: str) -> tuple[SampleEntry, 
     tar = shard_url(url, name)
     _check_size(tar, size, storage.size(tar) if storage.exists(tar) else None)
     return tuple(
-        SampleEntry(key=key, offset=offset, length=length, crc32c=sample_crc)
-        for key, offset, length, sample_crc in record["index"]
+        SampleEntry(key=key, offset=offset, length=length, crc32c=sample_crc, members=members)
+        for key, offset, length, sample_crc, members in record["index"]
     )
 
 
@@ -171,22 +166,5 @@ def _raw_sample(entry: SampleEntry, data: bytes) -> RawSample:
     if found != entry.crc32c:
         bad = BadSample("crc_mismatch", f"crc32c {found}, expected {entry.crc32c}")
         return RawSample(key=entry.key, error=bad)
-    try:
-        return RawSample(key=entry.key, members=_members(entry.key, data))
-    except (tarfile.TarError, UnicodeError) as error:
-        return RawSample(key=entry.key, error=BadSample("tar_invalid", str(error)))
-
-
-def _members(key: str, data: bytes) -> dict[str, bytes]:
-    """The allowed members of one sample, from its own slice of the tar and nothing beyond."""
-    members: dict[str, bytes] = {}
-    for offset, member in walk_tar(io.BytesIO(data)):
-        stem, _, extension = member.name.partition(".")
-        start = offset + TAR_BLOCK
-        if not member.isreg() or stem != key or start + member.size > len(data):
-            raise tarfile.HeaderError(f"member {member.name[:100]!r} doesn't belong here")
-        if extension in members:
-            raise tarfile.HeaderError(f"member {member.name[:100]!r} occurs twice")
-        if extension in EXTENSIONS:
-            members[extension] = data[start : start + member.size]
-    return members
+    members = {name: data[start : start + size] for name, (start, size) in entry.members.items()}
+    return RawSample(key=entry.key, members=members)

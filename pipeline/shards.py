@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import google_crc32c
 from webdataset import TarWriter
 
 from glipv2.pipeline import storage
@@ -26,17 +25,15 @@ from glipv2.pipeline.shard_format import (
     MANIFEST,
     NAME,
     SCHEMA,
-    TAR_BLOCK,
     RawSample,
     SampleEntry,
     ShardInfo,
     ShardSet,
     commit_url,
     manifest_content,
-    padded,
     shard_name,
     shard_url,
-    walk_tar,
+    walk_samples,
 )
 from glipv2.pipeline.shard_reader import (
     check_shard_sizes,
@@ -212,24 +209,12 @@ def _commit_record(name: str, tar: Path, stats: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _index(tar: Path) -> Iterator[tuple[str, int, int, str]]:
-    """(key, offset, length, crc32c) of each sample, from the tar as it was written."""
-    key, start, end = "", 0, 0
-    with open(tar, "rb") as members, open(tar, "rb") as content:
-
-        def entry() -> tuple[str, int, int, str]:
-            content.seek(start)
-            return key, start, end - start, f"{google_crc32c.value(content.read(end - start)):08x}"
-
-        for offset, member in walk_tar(members):
-            stem = member.name.partition(".")[0]
-            if stem != key:
-                if key:
-                    yield entry()
-                key, start = stem, offset
-            end = offset + TAR_BLOCK + padded(member.size)
-        if key:
-            yield entry()
+def _index(tar: Path) -> Iterator[list[Any]]:
+    """[key, offset, length, crc32c, members] of each sample, from the tar as it was written."""
+    with open(tar, "rb") as file:
+        for key, offset, length, members in walk_samples(file):
+            file.seek(offset)
+            yield [key, offset, length, storage.crc32c(file.read(length)), members]
 
 
 def _attempt_url(url: str, attempt: str) -> str:

@@ -19,8 +19,8 @@ SAMPLES = Path(__file__).parents[1] / "infra" / "samples"
 TOY = PrepareConfig(source="toy", set="toy_val", count=20, size=64, seed=3)
 BCCD = PrepareConfig(
     source="voc",
-    annotations=str(SAMPLES / "bccd" / "Annotations"),
-    images=str(SAMPLES / "bccd" / "JPEGImages"),
+    annotations=(str(SAMPLES / "bccd" / "Annotations"),),
+    images=(str(SAMPLES / "bccd" / "JPEGImages"),),
     list=str(SAMPLES / "bccd" / "heldout.txt"),
 )
 
@@ -120,7 +120,7 @@ def test_every_command_line_makes_its_set(tmp_path):
         "categories": [{"id": 1, "name": "cell"}],
     }
     (tmp_path / "coco.json").write_text(json.dumps(instances))
-    words = ["coco", "--annotations", str(tmp_path / "coco.json"), "--images", BCCD.images]
+    words = ["coco", "--annotations", str(tmp_path / "coco.json"), "--images", *BCCD.images]
     assert command(*words, "--out", str(tmp_path / "coco")) == 0
     made = open_shard_set(str(tmp_path / "coco"))
     assert made.info["counts"] == {"image_missing": 1}
@@ -151,7 +151,7 @@ def test_a_source_without_one_usable_sample_says_why(tmp_path):
 def test_mistakes_in_the_options_are_refused_before_any_work(tmp_path):
     url = str(tmp_path / "set")
     for options, message in [
-        (PrepareConfig(source="voc", annotations="x"), "voc source needs images"),
+        (PrepareConfig(source="voc", annotations=("x",)), "voc source needs images"),
         (PrepareConfig(source="toy", set="toy_val"), "toy source needs count"),
         (replace(TOY, count=-1), "count must be at least 1"),
         (replace(TOY, set="toy_nothing"), "unknown toy set"),
@@ -166,7 +166,7 @@ def test_mistakes_in_the_options_are_refused_before_any_work(tmp_path):
         instances["categories"] = [{"id": 1, "name": "cell"}, {"id": 2, "name": "cell"}]
         (tmp_path / "coco.json").write_text(json.dumps(instances))
         path = str(tmp_path / "coco.json")
-        prepare.prepare_set(url, PrepareConfig(source="coco", annotations=path, images=url[:-4]))
+        prepare.prepare_set(url, PrepareConfig(source="coco", annotations=(path,), images=(url[:-4],)))
     assert not (tmp_path / "set").exists()
 
 

@@ -1,6 +1,7 @@
 import json
 import pickle
 import sys
+import tarfile
 import uuid
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from sample_records import CATEGORIES, jpeg, record  # noqa: E402
 
-from glipv2.pipeline import shard_reader, shards, storage  # noqa: E402
+from glipv2.pipeline import shard_format, shards  # noqa: E402
 from glipv2.pipeline.errors import BadSample  # noqa: E402
 
 
@@ -33,15 +34,19 @@ def test_a_pickle_member_is_never_loaded(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_members_of_another_sample_or_links_are_refused():
-    good = shards.RawSample(key="other", members={"json": b"{}"})
-    url = f"memory://{uuid.uuid4().hex}"
-    shards.write_raw_shard(url, "shard-000000", [good])
-    data = storage.read_bytes(storage.join(url, "shard-000000.tar"))
-    entry = shards.SampleEntry(
-        key="mine", offset=0, length=1024, crc32c=storage.crc32c(data[:1024])
-    )
-    assert shard_reader._raw_sample(entry, data[:1024]).error.reason == "tar_invalid"
+def test_links_and_second_members_of_one_name_are_refused(tmp_path):
+    content = tarfile.TarInfo("one.json")
+    link = tarfile.TarInfo("one.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    for second in (link, content):
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            tar.addfile(content)
+            tar.addfile(second)
+        with (
+            open(tmp_path / "a.tar", "rb") as file,
+            pytest.raises(tarfile.HeaderError, match=second.name),
+        ):
+            list(shard_format.walk_samples(file))
 
 
 def altered(change):

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from glipv2.model.config import InputConfig
 from glipv2.model.glip import GLIPv2
 from glipv2.model.image_input import Images, read_images
-from glipv2.model.images import pad_images, resize
+from glipv2.model.images import pad_images, resize, resized_size
 
 Text = tuple[int, ...]
 """Token ids."""
@@ -48,8 +48,9 @@ def read_pictures(images: Images, settings: InputConfig) -> list[Picture]:
     """The images resized for the model; ValueError names one that can't be read."""
     pictures = []
     for pixels_3HW in read_images(images):
-        resized_3HW = resize(pixels_3HW, settings.short_side, settings.long_side)
         own_size = pixels_3HW.shape[1], pixels_3HW.shape[2]
+        size = resized_size(*own_size, settings.short_side, settings.long_side)
+        resized_3HW = resize(pixels_3HW, size)
         pictures.append(Picture(pixels_3HW=resized_3HW, own_size=own_size))
     return pictures
 

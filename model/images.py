@@ -19,9 +19,8 @@ def resized_size(height: int, width: int, short_side: int, long_side: int) -> tu
     return (short_side, other) if height <= width else (other, short_side)
 
 
-def resize(image_3HW: Tensor, short_side: int, long_side: int) -> Tensor:
-    """Resize a uint8 (3, H, W) image by antialiased bilinear interpolation; see `resized_size`."""
-    size = resized_size(image_3HW.shape[1], image_3HW.shape[2], short_side, long_side)
+def resize(image_3HW: Tensor, size: tuple[int, int]) -> Tensor:
+    """A uint8 (3, H, W) image of `size` (height, width), by antialiased bilinear interpolation."""
     if size == tuple(image_3HW.shape[1:]):
         return image_3HW
     return F.interpolate(image_3HW[None], size=size, mode="bilinear", antialias=True)[0]

@@ -70,18 +70,19 @@ class PrepareConfig:
     root: str = ""
     """Folder of a source that comes as one."""
     list: str = ""
-    """voc: text file with one image name per line; empty takes every image."""
+    """voc, flickr30k-entities: text file with one image name per line; empty takes every image."""
     split: str = ""
     """Part of the data to take, where a source names its splits in its files."""
     min_count: int = 1
     """visual-genome: objects that a name needs in the file to be a category."""
     caption_field: str = ""
-    """pairs: column that holds the text; empty looks for the usual ones."""
+    """pairs, webdataset: field that holds the text; empty looks for the usual ones."""
 
     clean: CleanConfig = field(default_factory=CleanConfig)
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, "seed", "0 or more", self.seed)
+        _require(self.min_count >= 1, "min_count", "1 or more", self.min_count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,11 @@ class DataConfig:
     """(height, width) that every batch is padded to; null pads to the largest image of a rank."""
     flip: float = 0.5
     """Probability of a horizontal flip; never when the text says left or right."""
+    crop: float = 0.0
+    """Probability of a random crop. What it cuts to less than half is neither learned nor a
+    negative."""
+    crop_least: float = 0.5
+    """Smallest share of each side that a crop keeps."""
     max_negatives: int = 85
     """Categories absent from the image that a detection prompt may hold (GLIP: 85)."""
     full_negatives_share: float = 0.5
@@ -125,9 +131,10 @@ class DataConfig:
                  "at least the largest of data.short_sides", self.long_side)  # fmt: skip
         for name, weight in self.mixture.items():
             _require(weight > 0, f"data.mixture.{name}", "positive", weight)
-        for key in ("flip", "full_negatives_share", "caption_packing", "mlm_probability"):
+        for key in ("flip", "crop", "full_negatives_share", "caption_packing", "mlm_probability"):
             value = getattr(self, key)
             _require(0 <= value <= 1, f"data.{key}", "between 0 and 1", value)
+        _require(0 < self.crop_least <= 1, "data.crop_least", "in (0, 1]", self.crop_least)
         _require(self.unit_samples > 0, "data.unit_samples", "positive", self.unit_samples)
         _require(self.window_units > 0, "data.window_units", "positive", self.window_units)
         _require(self.workers >= 0, "data.workers", "0 or more", self.workers)

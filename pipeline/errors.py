@@ -16,6 +16,13 @@ class DataError(UserError):
     """A file or shard set is missing, altered or not what it claims to be."""
 
 
+class StoreError(UserError):
+    """An object store kept failing; the same command can be run again once it works (exit code 3).
+
+    Not a DataError: nothing is known about the data, so nobody may go on without it.
+    """
+
+
 class NonFiniteLossError(UserError):
     """A loss became NaN or infinite; raised on every rank before any weight is changed."""
 

@@ -29,10 +29,15 @@ def image_size(data: bytes) -> tuple[tuple[int, int], str]:
         return decoding.image_size(data)
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Tensor:
-    """(3, H, W) uint8 RGB; the header's size is checked before a pixel is decoded."""
+def decode_image(
+    data: bytes,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    at_least: tuple[int, int] | None = None,
+) -> Tensor:
+    """(3, H, W) uint8 RGB; see `model.decoding.decode_image`."""
     with _as_bad_sample():
-        return decoding.decode_image(data, max_pixels, max_bytes)
+        return decoding.decode_image(data, max_pixels, max_bytes, at_least)
 
 
 def encode_jpeg(image_3HW: Tensor, quality: int = 95) -> bytes:

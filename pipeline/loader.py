@@ -1,22 +1,19 @@
 """The data path: shards -> stream -> picture and text -> tokens -> batch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from glipv2.model.batch import NO_CATEGORY, NO_WORD, Batch
 from glipv2.model.prompts import clean_category, token_map
 from glipv2.model.tokenizer import Tokenizer
-from glipv2.pipeline.augment import Augmentation, Picture, augment
+from glipv2.pipeline.augment import Augmentation, cropped, draw_view, picture
 from glipv2.pipeline.collate import Sample, collate
 from glipv2.pipeline.config import DataConfig
 from glipv2.pipeline.errors import ConfigError
-from glipv2.pipeline.images import decode_image
 from glipv2.pipeline.masking import Masking, mask_tokens, tokens_within
 from glipv2.pipeline.negatives import Negatives, TrainingText, caption_text, detection_text
-from glipv2.pipeline.region_masks import region_masks
 from glipv2.pipeline.shard_format import ShardSet
 from glipv2.pipeline.stream import (
     OnBad,
@@ -76,12 +73,9 @@ class Preparation:
                 f"data.mixture: {slot.source} holds records of task {record.task} ({record.key}), "
                 "which say nothing of places: run `glipv2 label` on it and train on the result"
             )
-        stored = Picture(
-            image_3HW=decode_image(record.image),
-            boxes_N4=torch.tensor([region.box for region in record.regions]).reshape(-1, 4),
-            masks_NSS=region_masks(record) if self.masks else None,
-        )
-        picture = augment(stored, self._said(slot), self.augmentation, rng)
+        view = draw_view((record.width, record.height), self._said(slot), self.augmentation, rng)
+        slot = replace(slot, record=cropped(record, view))
+        seen = picture(slot.record, view, self.masks)
         text = self._text(slot)
         tokens = self.tokenizer.encode(text.prompt.text)  # the one time it is tokenised
         positive_PT = token_map(tokens, text.prompt.spans)
@@ -96,14 +90,14 @@ class Preparation:
                 token_category_T[positive_T] = category
         return Sample(
             key=f"{slot.source}/{record.key}",
-            image_3HW=picture.image_3HW,
-            boxes_N4=picture.boxes_N4.numpy()[kept],
+            image_3HW=seen.image_3HW,
+            boxes_N4=seen.boxes_N4.numpy()[kept],
             positive_NT=positive_PT[phrases],
             box_category_N=category_P[phrases],
             token_ids_T=corrupted_T,
             mlm_labels_T=labels_T,
             token_category_T=token_category_T,
-            masks_NSS=None if picture.masks_NSS is None else picture.masks_NSS[kept],
+            masks_NSS=None if seen.masks_NSS is None else seen.masks_NSS[kept],
         )
 
     def _text(self, slot: Slot) -> TrainingText:
@@ -170,7 +164,11 @@ def build_loader(  # noqa: PLR0913 (a job names each of these)
     prepare = Preparation(
         tokenizer=tokenizer,
         augmentation=Augmentation(
-            short_sides=data.short_sides, long_side=data.long_side, flip=data.flip
+            short_sides=data.short_sides,
+            long_side=data.long_side,
+            flip=data.flip,
+            crop=data.crop,
+            crop_least=data.crop_least,
         ),
         negatives=Negatives(
             max_categories=data.max_negatives,

@@ -6,8 +6,9 @@ from typing import Any
 
 from glipv2.pipeline.errors import ConfigError, DataError
 
-LanePosition = tuple[int, int]
-"""Epoch and raw samples consumed in it, bad ones included."""
+LanePosition = tuple[int, int, int]
+"""Epoch; raw samples consumed in it, bad ones included; how many of those that came from the
+present window were tall (0 unless batches are grouped by aspect)."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ def _parts(digest: str) -> dict[str, str]:
 
 
 def _lane(value: Any) -> LanePosition:
-    epoch, offset = value
-    if epoch < 0 or offset < 0 or not isinstance(epoch, int) or not isinstance(offset, int):
+    epoch, offset, tall = value
+    if any(not isinstance(number, int) or number < 0 for number in value) or tall > offset:
         raise ValueError(f"lane position {value!r}")
-    return epoch, offset
+    return epoch, offset, tall
 
 
 def _one_of(source: str, lane: int, found: list[LanePosition | None]) -> LanePosition | None:

@@ -149,10 +149,14 @@ def manifest_content(
 def load_json(url: str, what: str) -> dict[str, Any]:
     """A JSON object of ours, or DataError naming the file."""
     try:
-        value = json.loads(storage.read_bytes(url).decode())
+        value = json.loads(storage.read_bytes(url).decode(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{url} is no {what}: {error}") from error
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         found = value.get("schema") if isinstance(value, dict) else None
         raise DataError(f"{url} is no {what} of schema {SCHEMA} (found {found!r}); make it again")
     return value
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON number")

@@ -1,9 +1,10 @@
 """Reading shard sets by index: the manifest says what exists, one ranged read fetches a slice."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 from glipv2.pipeline import storage
+from glipv2.pipeline.cache import RangeCache
 from glipv2.pipeline.errors import BadSample, DataError
 from glipv2.pipeline.record_json import parse_record
 from glipv2.pipeline.records import Record
@@ -77,8 +78,14 @@ def read_index(shard_set: ShardSet, shard_number: int) -> tuple[SampleEntry, ...
     return _read_index(shard_set.url, shard.name, shard.bytes, shard.commit_crc32c)
 
 
-def read_raw(shard_set: ShardSet, shard_number: int, first: int, last: int) -> list[RawSample]:
-    """Samples [first, last) of a shard from one ranged read.
+def read_raw(
+    shard_set: ShardSet,
+    shard_number: int,
+    first: int,
+    last: int,
+    cache: RangeCache | None = None,
+) -> list[RawSample]:
+    """Samples [first, last) of a shard from one ranged read, through the cache if there is one.
 
     A sample whose bytes differ from its checksum comes as a RawSample with an error; a shard that
     ends too early is a DataError.
@@ -88,10 +95,21 @@ def read_raw(shard_set: ShardSet, shard_number: int, first: int, last: int) -> l
         return []
     start, end = entries[0].offset, entries[-1].offset + entries[-1].length
     url = shard_set.shard_url(shard_number)
+    if cache is not None and not storage.is_local(url):
+        version = shard_set.shards[shard_number].crc32c
+        samples = _cut(entries, start, cache.read(url, start, end, version))
+        if len(samples) == len(entries) and not any(sample.error for sample in samples):
+            return samples
+        cache.forget(url, start, end, version)  # the store has the last word
     data = storage.read_bytes(url, start, end)
     if len(data) != end - start:
         _check_size(url, shard_set.shards[shard_number].bytes, storage.size(url))
         raise DataError(f"{url}: bytes {start} to {end} came back as {len(data)} bytes; try again")
+    return _cut(entries, start, data)
+
+
+def _cut(entries: Sequence[SampleEntry], start: int, data: bytes) -> list[RawSample]:
+    """The samples in bytes of their tar from `start` on."""
     return [
         _raw_sample(entry, data[entry.offset - start : entry.offset - start + entry.length])
         for entry in entries

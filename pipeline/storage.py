@@ -2,29 +2,27 @@
 
 A URL is a local path or file://, memory:// (tests), s3://, gs://, az:// or http(s):// (reading
 only). Anything else is refused, above all schemes that would run a shell. Writes are complete or
-absent: a reader never sees half a file.
+absent: a reader never sees half a file. A store that fails for a moment is tried again (`retries`).
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import fsspec
 import google_crc32c
 
 from glipv2.model.urls import scheme_of
-from glipv2.pipeline.errors import ConfigError, DataError
+from glipv2.pipeline import object_store
+from glipv2.pipeline.errors import ConfigError, DataError, UserError
+from glipv2.pipeline.retries import has_no_bucket, is_of_store, reason
 
 CHUNK = 16 * 2**20
-_memory_lock = threading.Lock()
 
 
 def join(url: str, *parts: str) -> str:
@@ -46,7 +44,7 @@ def exists(url: str) -> bool:
     if is_local(url):
         return os.path.exists(local_path(url))
     with _explained(url):
-        return bool(_remote(url).exists(url))
+        return object_store.exists(url)
 
 
 def size(url: str) -> int:
@@ -54,17 +52,25 @@ def size(url: str) -> int:
     with _explained(url):
         if is_local(url):
             return os.stat(local_path(url)).st_size
-        return int(_remote(url).info(url)["size"])
+        return object_store.size(url)
 
 
 def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:
     """The file, or its bytes [start, end) in one request; shorter when the file ends before."""
     with _explained(url):
         if not is_local(url):
-            return _remote_bytes(url, start, end)
+            return object_store.read(url, start, end)
         with open(local_path(url), "rb") as file:
             file.seek(start or 0)
             return file.read(-1 if end is None else max(0, end - (start or 0)))
+
+
+def open_read(url: str) -> BinaryIO:
+    """The file, to be read from its start in pieces; close it."""
+    with _explained(url):
+        if is_local(url):
+            return open(local_path(url), "rb")
+        return object_store.open_read(url)
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -74,7 +80,7 @@ def write_bytes(url: str, data: bytes) -> None:
             with _local_attempt(url, data) as attempt:
                 os.replace(attempt, local_path(url))
             return
-        _remote(url).pipe_file(url, data)
+        object_store.write(url, data)
 
 
 def read_json(url: str) -> Any:
@@ -116,27 +122,19 @@ def write_json(url: str, value: Any) -> None:
 def create_once(url: str, data: bytes) -> bool:
     """Create the file, complete or not at all; False when it exists already (then untouched).
 
-    Of any number of callers at once, on any machine, exactly one gets True; a caller whose success
-    was lost on the network may get False, so compare the content before calling it a loss.
+    Of any number of callers at once, on any machine, exactly one gets True. On S3 that holds also
+    when the answer to its success was lost on the network; elsewhere it may then get False, so
+    compare the content before calling it a loss.
     """
     with _explained(url):
-        if is_local(url):
-            with _local_attempt(url, data) as attempt:
-                try:
-                    os.link(attempt, local_path(url))
-                except FileExistsError:
-                    return False
-                _sync_folder(url)
-            return True
-        try:
-            with _memory_lock if _scheme(url) == "memory" else contextlib.nullcontext():
-                _remote(url).pipe_file(url, data, mode="create")
-        except FileExistsError:
-            return False
-        except OSError:  # some stores answer a failed condition with another code
-            if exists(url):
+        if not is_local(url):
+            return object_store.create(url, data)
+        with _local_attempt(url, data) as attempt:
+            try:
+                os.link(attempt, local_path(url))
+            except FileExistsError:
                 return False
-            raise
+            _sync_folder(url)
         return True
 
 
@@ -144,7 +142,7 @@ def upload(path: str | Path, url: str) -> None:
     """Copy a local file to a URL; complete or absent there."""
     with _explained(url):
         if not is_local(url):
-            _remote(url).put_file(str(path), url)
+            object_store.upload(str(path), url)
             return
         with _local_attempt(url, b"") as attempt:
             shutil.copyfile(path, attempt)
@@ -154,14 +152,23 @@ def upload(path: str | Path, url: str) -> None:
 
 
 def move(source: str, target: str) -> None:
-    """Rename within one store: atomic on disk, copy and delete on object stores."""
+    """Rename within one store: atomic on disk, copy and delete on object stores.
+
+    Cut off in between, the file stands under both names, whole; moving it again ends it.
+    """
     with _explained(source):
         if is_local(source) and is_local(target):
             os.makedirs(os.path.dirname(local_path(target)), exist_ok=True)
             os.replace(local_path(source), local_path(target))
             _sync_folder(target)
             return
-        _remote(source).mv(source, target)
+        expected = size(source)
+        object_store.copy(source, target)
+        if (copied := size(target)) != expected:
+            raise DataError(
+                f"{target} holds {copied} bytes of the {expected} of {source}; try again"
+            )
+        delete(source)
 
 
 def delete(url: str) -> None:
@@ -170,7 +177,7 @@ def delete(url: str) -> None:
         if is_local(url):
             os.unlink(local_path(url))
         else:
-            _remote(url).rm_file(url)
+            object_store.delete(url)
 
 
 def sizes(url: str) -> dict[str, int]:
@@ -178,9 +185,19 @@ def sizes(url: str) -> dict[str, int]:
     with _explained(url), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if is_local(url):
             return {e.name: e.stat().st_size for e in os.scandir(local_path(url)) if e.is_file()}
-        entries = _remote(url).ls(url, detail=True)
-        files = [e for e in entries if e["type"] == "file"]
-        return {_last(e["name"]): int(e["size"]) for e in files if _is_below(e["name"], url)}
+        found = object_store.entries(url)
+        return {name: bytes_ for name, bytes_ in found.items() if bytes_ is not None}
+    return {}
+
+
+def tree_sizes(url: str) -> dict[str, int]:
+    """Path below the folder -> bytes of every file in it and its folders; empty when absent."""
+    with _explained(url), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if is_local(url):
+            root = Path(local_path(url))
+            files = (path for path in root.rglob("*") if path.is_file())
+            return {str(path.relative_to(root)): path.stat().st_size for path in files}
+        return object_store.tree(url)
     return {}
 
 
@@ -189,8 +206,7 @@ def list_names(url: str) -> list[str]:
     with _explained(url), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if is_local(url):
             return sorted(os.listdir(local_path(url)))
-        names = _remote(url).ls(url, detail=False)
-        return sorted({_last(name) for name in names if _is_below(name, url)})
+        return sorted(object_store.entries(url))
     return []
 
 
@@ -225,23 +241,6 @@ def _scheme(url: str) -> str:
         raise ConfigError(str(error)) from error
 
 
-def _remote(url: str) -> Any:
-    """The fsspec file system of a URL; fsspec keeps one per process and never shares it by fork."""
-    scheme = _scheme(url)
-    if scheme in ("memory", "http", "https"):
-        return fsspec.filesystem(scheme)
-    return fsspec.filesystem(scheme, use_listings_cache=False)
-
-
-def _remote_bytes(url: str, start: int | None, end: int | None) -> bytes:
-    try:
-        return bytes(_remote(url).cat_file(url, start=start, end=end))
-    except OSError as error:
-        if error.errno == errno.EINVAL and start is not None and start >= size(url):
-            return b""  # object stores refuse a range that begins past the end
-        raise
-
-
 @contextlib.contextmanager
 def _local_attempt(url: str, data: bytes) -> Iterator[str]:
     """A synced temporary file next to the target; gone afterwards unless it was renamed."""
@@ -273,7 +272,11 @@ def _explained(url: str) -> Iterator[None]:
     """Turn the failures that a user can cure into messages; others pass unchanged."""
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError as error:
+        if has_no_bucket(error):
+            raise DataError(f"{url}: there is no such bucket; create it first") from error
         raise MissingFileError(f"{url} doesn't exist") from error
     except PermissionError as error:
         raise DataError(f"{url}: permission denied ({error})") from error
@@ -284,17 +287,10 @@ def _explained(url: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
             raise DataError(f"{url}: no credentials for this store in the environment") from error
+        if not is_local(url) and is_of_store(error):
+            raise DataError(f"{url}: the store refuses this: {reason(error)}") from error
         raise
 
 
 class MissingFileError(DataError):
     """The file is not there."""
-
-
-def _last(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1]
-
-
-def _is_below(name: str, url: str) -> bool:
-    """False for the folder's own marker, which some object stores list among its content."""
-    return not url.rstrip("/").endswith(name.rstrip("/"))

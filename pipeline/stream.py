@@ -9,13 +9,18 @@ and source, the epoch and the number of samples consumed in it.
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
+from glipv2.pipeline.cache import RangeCache
 from glipv2.pipeline.errors import BadSample, ConfigError, DataError
 from glipv2.pipeline.lanes import (
+    ASPECT,
     CHOOSE,
     SAMPLE,
     Dealing,
@@ -27,6 +32,7 @@ from glipv2.pipeline.lanes import (
 from glipv2.pipeline.position import Position, check_digest, merge_positions
 from glipv2.pipeline.records import Record
 from glipv2.pipeline.shard_format import ShardSet
+from glipv2.pipeline.shard_reader import read_raw
 from glipv2.pipeline.storage import digest
 
 __all__ = ["OnBad", "Position", "Slot", "Stream", "StreamConfig", "merge_positions"]
@@ -35,6 +41,12 @@ OnBad = Callable[[str, str, str, BadSample], None]
 MIN_SEEN = 100
 """Samples read before the share of bad ones counts."""
 Prepared = TypeVar("Prepared")
+USUAL_TALL_SHARE = 0.25
+"""Of photographs, where a set does not say."""
+READ_THREADS = 8
+"""Windows that are read ahead at once from an object store."""
+REMOTE = ("s3:", "gs:", "az:", "http:", "https:")
+"""What has a latency worth hiding."""
 log = logging.getLogger(__name__)
 
 
@@ -63,6 +75,10 @@ class StreamConfig:
     unit_samples: int = 256
     window_units: int = 2
     max_bad_share: float = 0.01
+    group_by_aspect: bool = False
+    """Batches of pictures that are all tall or all not, as far as each lane's window has them."""
+    cache: RangeCache | None = None
+    """Where what was read from an object store is kept."""
 
 
 class Stream:
@@ -88,6 +104,10 @@ class Stream:
         total = sum(weights.values())
         shares = [weights[name] / total for name in self.sets]
         self._thresholds = np.cumsum(shares)[:-1]
+        self._tall_share = sum(
+            share * tall_share(self.sets[name])
+            for name, share in zip(self.sets, shares, strict=True)
+        )
         self.units = {
             name: cut_into_units(name, shard_set, config.lanes, config.unit_samples)
             for name, shard_set in self.sets.items()
@@ -98,13 +118,13 @@ class Stream:
             "mixture": dict(zip(self.sets, shares, strict=True)),
             "global_batch": config.global_batch,
             "lanes": config.lanes,
-            "units": [config.unit_samples, config.window_units],
+            "units": [config.unit_samples, config.window_units, config.group_by_aspect],
         }
         self.digest = ";".join(f"{name}={digest(value)[:8]}" for name, value in parts.items())
 
     def start(self) -> Position:
         """The beginning, for all lanes."""
-        lanes = tuple((0, 0) for _ in range(self.config.lanes))
+        lanes = tuple((0, 0, 0) for _ in range(self.config.lanes))
         return Position(step=0, digest=self.digest, lanes={name: lanes for name in self.sets})
 
     def part(self, number: int, parts: int) -> "Stream":
@@ -123,19 +143,24 @@ class Stream:
         like one that doesn't parse, and the lane goes on to its next sample.
         """
         check_digest(position, self.digest)
-        readers = {lane: self._readers(lane, position) for lane in self.lanes}
-        budget = Budget(self.config.max_bad_share)
-        step = position.step
-        while True:
-            batch = [
-                self._take(readers[lane][source], prepare, budget)
-                for lane in self.lanes
-                for source in self._choose(step, lane)
-            ]
-            step += 1
-            yield batch, self._position(step, readers)
+        remote = any(shard_set.url.startswith(REMOTE) for shard_set in self.sets.values())
+        with ThreadPoolExecutor(READ_THREADS) if remote else nullcontext() as ahead:
+            readers = {lane: self._readers(lane, position, ahead) for lane in self.lanes}
+            budget = Budget(self.config.max_bad_share)
+            step = position.step
+            while True:
+                tall = self._wants_tall(step)
+                batch = [
+                    self._take(readers[lane][source], tall, prepare, budget)
+                    for lane in self.lanes
+                    for source in self._choose(step, lane)
+                ]
+                step += 1
+                yield batch, self._position(step, readers)
 
-    def _readers(self, lane: int, position: Position) -> dict[str, LaneReader]:
+    def _readers(
+        self, lane: int, position: Position, ahead: ThreadPoolExecutor | None
+    ) -> dict[str, LaneReader]:
         dealing = Dealing(
             seed=self.config.seed, lanes=self.config.lanes, window_units=self.config.window_units
         )
@@ -144,8 +169,11 @@ class Stream:
             entry = position.lanes[source][lane]
             if entry is None:
                 raise DataError(f"the position doesn't cover lane {lane}: merge those of all ranks")
-            readers[source] = LaneReader(source, shard_set, self.units[source], lane, dealing)
-            readers[source].seek(*entry)
+            read = partial(read_raw, cache=self.config.cache)
+            readers[source] = LaneReader(
+                source, shard_set, self.units[source], lane, dealing, read, ahead
+            )
+            readers[source].seek(entry)
         return readers
 
     def _choose(self, step: int, lane: int) -> list[str]:
@@ -155,20 +183,28 @@ class Stream:
         names = list(self.sets)
         return [names[number] for number in np.searchsorted(self._thresholds, draws, side="right")]
 
+    def _wants_tall(self, step: int) -> bool | None:
+        """Whether the pictures of a step should be tall; None when it doesn't matter."""
+        if not self.config.group_by_aspect:
+            return None
+        return bool(generator(self.config.seed, ASPECT, "", step).random() < self._tall_share)
+
     def _take(
-        self, reader: LaneReader, prepare: Callable[[Slot], Prepared], budget: "Budget"
+        self,
+        reader: LaneReader,
+        tall: bool | None,
+        prepare: Callable[[Slot], Prepared],
+        budget: "Budget",
     ) -> Prepared:
         while True:
-            window = reader.window()
-            epoch, offset = reader.epoch, reader.offset
-            place = offset - window.start
-            reader.offset += 1
+            window, place = reader.next(tall)
+            place_in_run = (reader.lane, reader.epoch, reader.offset - 1)
             budget.seen += 1
-            found, window.records[place] = window.records[place], None
+            found = window.take(place)
             try:
                 if not isinstance(found, Record):
-                    raise found or AssertionError("a sample was consumed twice")
-                rng = generator(self.config.seed, SAMPLE, reader.source, reader.lane, epoch, offset)
+                    raise found
+                rng = generator(self.config.seed, SAMPLE, reader.source, *place_in_run)
                 slot = Slot(
                     record=found,
                     rng=rng,
@@ -194,14 +230,18 @@ class Stream:
             digest=self.digest,
             lanes={
                 source: tuple(
-                    (readers[lane][source].epoch, readers[lane][source].offset)
-                    if lane in readers
-                    else None
+                    readers[lane][source].position if lane in readers else None
                     for lane in range(self.config.lanes)
                 )
                 for source in self.sets
             },
         )
+
+
+def tall_share(shard_set: ShardSet) -> float:
+    """The share of pictures that are taller than wide, where the writer of the set counted."""
+    counted = [shard.stats["tall"] for shard in shard_set.shards if "tall" in shard.stats]
+    return sum(counted) / shard_set.samples if counted else USUAL_TALL_SHARE
 
 
 class Budget:

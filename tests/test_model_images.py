@@ -22,7 +22,7 @@ def test_sizes_follow_the_short_side_up_to_the_long_side(
 
 def test_resizing_keeps_colours_and_type() -> None:
     image = torch.tensor([10, 200, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, 48, 64)
-    small = resize(image, 24, 100)
+    small = resize(image, (24, 32))
     assert small.shape == (3, 24, 32)
     assert small.dtype == torch.uint8
     assert torch.equal(small[:, 5, 5], image[:, 0, 0])
@@ -31,7 +31,7 @@ def test_resizing_keeps_colours_and_type() -> None:
 def test_shrinking_averages_instead_of_skipping_pixels() -> None:
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
     stripes[:, ::2] = 200
-    assert (resize(stripes, 16, 16)[:, 2:-2].float() - 100).abs().max() < 8
+    assert (resize(stripes, (16, 16))[:, 2:-2].float() - 100).abs().max() < 8
 
 
 def test_padding_is_zero_at_the_right_and_bottom() -> None:

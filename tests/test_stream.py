@@ -136,9 +136,9 @@ def test_each_sample_comes_exactly_once_per_epoch_with_bad_ones_in_between(count
     per_epoch: dict[int, Counter] = {}
     for batch, after in stream.batches(stream.start()):
         for slot in batch:  # one per lane, so the position tells the epoch it came from
-            epoch, _ = after.lanes["a"][slot.lane]
+            epoch, _, _ = after.lanes["a"][slot.lane]
             per_epoch.setdefault(epoch, Counter())[slot.record.key] += 1
-        if all(epoch >= 2 for epoch, _ in after.lanes["a"]):
+        if all(epoch >= 2 for epoch, _, _ in after.lanes["a"]):
             break
     good = Counter(f"a-{n:04d}" for n in range(count) if n not in bad_numbers)
     assert per_epoch[0] == good
@@ -155,12 +155,12 @@ def test_the_lanes_of_an_epoch_hold_every_sample_exactly_once(count, lane_count)
     for epoch in (0, 1):
         keys = Counter()
         for lane in range(lane_count):
-            reader = lanes.LaneReader("a", shard_set, units, lane, dealing)
-            reader.seek(epoch, 0)
+            reader = lanes.LaneReader("a", shard_set, units, lane, dealing, shards.read_raw)
+            reader.seek((epoch, 0, 0))
             read = 0
-            while (window := reader.window()) and reader.epoch == epoch:
-                keys[window.keys[reader.offset - window.start]] += 1
-                reader.offset += 1
+            while (taken := reader.next(None)) and reader.epoch == epoch:
+                window, place = taken
+                keys[window.keys[place]] += 1
                 read += 1
             assert read > 0
         assert keys == Counter(f"a-{n:04d}" for n in range(count))
@@ -214,7 +214,7 @@ def test_opening_a_position_costs_the_same_at_any_step(two_sets, monkeypatch):
     far = replace(
         near,
         step=10**9,
-        lanes={name: [(10**7, 1)] * CONFIG.lanes for name in near.lanes},
+        lanes={name: [(10**7, 1, 0)] * CONFIG.lanes for name in near.lanes},
     )
     reads = []
     real = storage.read_bytes

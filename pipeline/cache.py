@@ -1,0 +1,88 @@
+"""A folder on the local disk that keeps what was read from an object store.
+
+Entries are whole or absent (written aside, then renamed), named by what they hold, and the oldest
+go first when the folder outgrows its limit; any number of processes may share it, and a kill leaves
+nothing that hurts.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from glipv2.pipeline import storage
+
+KEEP = 0.9
+"""Share of the limit that is left after old entries were removed."""
+SCAN_SHARE = 0.02
+"""Share of the limit that one process writes between two looks at the folder."""
+log = logging.getLogger(__name__)
+
+
+class RangeCache:
+    """Byte ranges of remote files, at most `limit` bytes of them."""
+
+    def __init__(self, folder: str, limit: int) -> None:
+        self.folder = Path(storage.local_path(folder))
+        self.limit = limit
+        self._unscanned = limit  # so that the first write looks
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self, url: str, start: int, end: int, version: str) -> bytes:
+        """Bytes [start, end) of the file as its `version` (a checksum) has them."""
+        path = self._path(url, start, end, version)
+        with contextlib.suppress(OSError):
+            data = path.read_bytes()
+            if len(data) == end - start:
+                os.utime(path)
+                return data
+        data = storage.read_bytes(url, start, end)
+        if len(data) == end - start:
+            self._keep(path, data)
+        return data
+
+    def forget(self, url: str, start: int, end: int, version: str) -> None:
+        """Remove an entry that turned out to be damaged."""
+        self._path(url, start, end, version).unlink(missing_ok=True)
+
+    def _path(self, url: str, start: int, end: int, version: str) -> Path:
+        return self.folder / storage.digest([url, start, end, version])
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        """A full disk or a lost folder costs the entry, never the run."""
+        try:
+            handle, attempt = tempfile.mkstemp(prefix=".attempt-", dir=self.folder)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                os.replace(attempt, path)
+            except BaseException:
+                os.unlink(attempt)
+                raise
+        except OSError as error:
+            log.warning("%s: nothing is kept (%s)", self.folder, error)
+            if error.errno == errno.ENOSPC:
+                self._shrink()
+            return
+        self._unscanned += len(data)
+        if self._unscanned > SCAN_SHARE * self.limit:
+            self._unscanned = 0
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Remove the entries that were not used for longest, and attempts that a kill left."""
+        entries = []
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):  # another process removes as well
+                status = entry.stat()
+                entries.append((status.st_mtime, status.st_size, entry.path))
+        total = sum(size for _, size, _ in entries)
+        if total <= self.limit:
+            return
+        for _, size, path in sorted(entries):
+            Path(path).unlink(missing_ok=True)
+            total -= size
+            if total <= KEEP * self.limit:
+                return

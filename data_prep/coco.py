@@ -93,7 +93,7 @@ def coco_rows(annotations: str, dropped: Dropped) -> Iterator[Row]:
         entry = entry if isinstance(entry, dict) else {}
         name, image_id = entry.get("file_name"), entry.get("id")
         where = clean_text(name) if isinstance(name, str) else f"image entry {number}"
-        if not isinstance(image_id, int | str):
+        if not isinstance(image_id, int | str) or image_id == "":
             dropped.note("row_unreadable", where)
         elif str(image_id) in seen:  # 1 and "1" would be one key
             dropped.note("image_repeated", where)

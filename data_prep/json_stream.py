@@ -151,12 +151,12 @@ class _Text:
                 if self.ended or rest.end() < len(self.buffer):  # type: ignore[union-attr]
                     self.start = end
                     return value
-                error: Exception | None = None
+                error = ""
             except (ValueError, RecursionError) as failed:
-                error = failed
-            if error is not None and len(self.buffer) - self.start > MAX_ITEM:
+                error = str(failed)  # the exception itself would keep its buffer alive
+            if error and len(self.buffer) - self.start > MAX_ITEM:
                 raise self.broken(error)
-            if not self.more() and error is not None:
+            if not self.more() and error:
                 raise self.broken(error)
 
 

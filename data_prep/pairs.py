@@ -183,9 +183,7 @@ def json_objects(table: str, dropped: Dropped) -> Iterator[dict[str, Any]]:
                 dropped.note("row_unreadable", f"line {number}")
 
 
-def csv_objects(
-    table: str, dropped: Dropped, one_of: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
+def csv_objects(table: str, dropped: Dropped, one_of: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """One object per row, by the names of the header; DataError without a column of `one_of`."""
     delimiter = TABLES.get(Path(table).suffix.lower(), ",")
     with storage.open_read(table) as raw:

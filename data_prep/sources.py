@@ -1,148 +1,86 @@
-"""The four kinds of source behind one door: options in, records and their categories out."""
+"""Every kind of source behind one door: options in, rows and records out."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from typing import NamedTuple
 
-from glipv2.data_prep.coco import open_coco, read_coco
-from glipv2.data_prep.image_files import check_file, check_folder
-from glipv2.data_prep.pairs import pairs_table, read_pairs
-from glipv2.data_prep.reasons import Dropped
-from glipv2.data_prep.text_cleaning import clean_text
-from glipv2.data_prep.toy import TOY_WORLD, toy_categories, toy_records
-from glipv2.data_prep.voc import read_voc, voc_annotation_files, voc_categories
-from glipv2.pipeline import storage
+from glipv2.data_prep.coco import coco_source
+from glipv2.data_prep.coco_captions import coco_captions_source
+from glipv2.data_prep.flickr30k_entities import flickr30k_source
+from glipv2.data_prep.glip_tsv import glip_tsv_source
+from glipv2.data_prep.lvis import lvis_source
+from glipv2.data_prep.mdetr import mdetr_source
+from glipv2.data_prep.pairs import pairs_source
+from glipv2.data_prep.phrasecut import phrasecut_source
+from glipv2.data_prep.refcoco import refcoco_source
+from glipv2.data_prep.source import Source
+from glipv2.data_prep.toy import toy_source
+from glipv2.data_prep.visual_genome import visual_genome_source
+from glipv2.data_prep.voc import voc_source
+from glipv2.data_prep.vqav2 import vqav2_source
+from glipv2.data_prep.webdataset import webdataset_source
+from glipv2.data_prep.yolo import yolo_source
 from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.errors import ConfigError, DataError
-from glipv2.pipeline.records import Record
-
-NEEDS = {
-    "toy": ("set", "count"),
-    "voc": ("annotations", "images"),
-    "coco": ("annotations", "images"),
-    "pairs": ("root",),
-}
-"""Options that a kind of source can't do without."""
-LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    records: Callable[[Dropped], Iterator[Record]]
-    """Reads from the start; notes what it leaves out by the codes of `reasons`."""
-    categories: tuple[str, ...] = ()
-    total: int | None = None
-    """Samples before anything is left out, where that is known without reading."""
-    licence: str
-    content: dict[str, object]
-    """What decides the records: equal content, equal records. Paths are not in it."""
+class Kind(NamedTuple):
+    open: Callable[[PrepareConfig], Source]
+    """Checks that everything named is there, and reads no image."""
+    needs: tuple[str, ...]
+    """Options that it can't do without."""
+    takes: tuple[str, ...]
+    """Options that it also knows."""
+    help: str
+
+
+KINDS = {
+    "toy": Kind(toy_source, ("set", "count"), ("size", "hard", "seed"),
+                "rendered scenes of coloured shapes; all truth known"),
+    "coco": Kind(coco_source, ("annotations", "images"), (),
+                 "COCO, Objects365, OpenImages, ODinW: an instances JSON file"),
+    "lvis": Kind(lvis_source, ("annotations", "images"), (),
+                 "LVIS: its JSON file, with the federated fields"),
+    "glip-tsv": Kind(glip_tsv_source, ("annotations",), (),
+                     "GLIP's TSV files, detection or captions: the YAML that names them"),
+    "visual-genome": Kind(visual_genome_source, ("annotations", "images"), ("min_count",),
+                          "Visual Genome: objects.json or region_descriptions.json"),
+    "mdetr": Kind(mdetr_source, ("annotations", "images"), (),
+                  "MDETR's JSON with tokens_positive: Flickr30k, the mixed set, GQA"),
+    "refcoco": Kind(refcoco_source, ("annotations", "images"), ("split",),
+                    "RefCOCO/+/g: refs as JSON with instances.json, or MDETR's JSON"),
+    "phrasecut": Kind(phrasecut_source, ("annotations", "images"), (),
+                      "VGPhraseCut: refer_SPLIT.json, or MDETR's JSON"),
+    "voc": Kind(voc_source, ("annotations", "images"), ("list",),
+                "PASCAL VOC: a folder of XML files"),
+    "yolo": Kind(yolo_source, (), ("root", "split", "images", "annotations"),
+                 "YOLO: root with data.yaml and split, or folders of images and labels"),
+    "flickr30k-entities": Kind(flickr30k_source, ("root",), ("images", "list"),
+                               "Flickr30k Entities: the folder of Sentences and Annotations"),
+    "vqav2": Kind(vqav2_source, ("annotations", "images"), (),
+                  "VQAv2: questions and answers JSON; or one table of both"),
+    "coco-captions": Kind(coco_captions_source, ("annotations", "images"), ("split",),
+                          "COCO captions: the official JSON, or Karpathy's and a split"),
+    "pairs": Kind(pairs_source, ("root",), ("images", "caption_field"),
+                  "images with texts: .jsonl, .csv, .tsv, or a .txt beside each image"),
+    "webdataset": Kind(webdataset_source, ("root",), ("caption_field",),
+                       "image-text pairs in tars, as img2dataset writes them"),
+}  # fmt: skip
+MANY_FILES: tuple[str, ...] = ("visual-genome", "refcoco", "phrasecut", "vqav2")
+"""Kinds whose `annotations` may be several files."""
 
 
 def open_source(options: PrepareConfig) -> Source:
     """Check that everything named is there, before any work starts."""
-    missing = [name for name in NEEDS[options.source] if not getattr(options, name)]
+    kind = KINDS[options.source]
+    missing = [name for name in kind.needs if not getattr(options, name)]
     if missing:
         raise ConfigError(f"a {options.source} source needs {' and '.join(missing)}")
-    openers = {"toy": _toy, "voc": _voc, "coco": _coco, "pairs": _pairs}
-    source = openers[options.source](options)
+    if len(options.annotations) > 1 and options.source not in MANY_FILES:
+        raise ConfigError(f"a {options.source} source takes one annotation file at a time")
+    source = kind.open(options)
     if len(set(source.categories)) != len(source.categories):
-        names = Counter(source.categories).most_common(1)
-        raise DataError(f"{options.annotations}: category {names[0][0]!r} occurs twice; rename one")
+        name, _ = Counter(source.categories).most_common(1)[0]
+        where = ", ".join(options.annotations) or options.root
+        raise DataError(f"{where}: category {name!r} occurs twice; rename one")
     return source
-
-
-def _toy(options: PrepareConfig) -> Source:
-    if options.count < 1:
-        raise ConfigError(f"count must be at least 1, not {options.count}")
-    how = (options.set, options.count, options.seed, options.size, options.hard)
-    next(toy_records(*how))  # refuses an unknown set or size at once
-    names = ("set", "count", "seed", "size", "hard")
-    return Source(
-        records=lambda dropped: toy_records(*how),
-        categories=toy_categories(options.set),
-        total=options.count,
-        licence="generated by this program",
-        content={**dict(zip(names, how, strict=True)), "world": TOY_WORLD},
-    )
-
-
-def _voc(options: PrepareConfig) -> Source:
-    annotations, images = Path(options.annotations), Path(options.images)
-    stems = _listed(Path(options.list)) if options.list else None
-    files = voc_annotation_files(annotations, stems)
-    check_folder(images, "image")
-    categories = voc_categories(annotations)
-    return Source(
-        records=lambda dropped: read_voc(annotations, images, dropped, categories, stems),
-        categories=categories,
-        total=len(files),
-        licence=_licence(annotations.parent),
-        content={
-            "annotations": storage.digest(
-                [(clean_text(path.name), storage.file_crc32c(str(path))) for path in files]
-            ),
-            "categories": list(categories),
-            "images": _listing(images),
-        },
-    )
-
-
-def _coco(options: PrepareConfig) -> Source:
-    annotations, images = Path(options.annotations), Path(options.images)
-    coco = open_coco(annotations)
-    check_folder(images, "image")
-    return Source(
-        records=lambda dropped: read_coco(coco, images, dropped),
-        categories=coco.categories,
-        total=len(coco.images),
-        licence=_licence(annotations.parent),
-        content={
-            "annotations": storage.file_crc32c(str(annotations)),
-            "images": _listing(images),
-        },
-    )
-
-
-def _pairs(options: PrepareConfig) -> Source:
-    root = Path(options.root)
-    table = pairs_table(root)
-    folder = root if table is None else table.parent
-    return Source(
-        records=lambda dropped: read_pairs(root, dropped),
-        licence=_licence(folder),
-        content={
-            "table": storage.file_crc32c(str(table)) if table else "",
-            "images": _listing(folder),
-        },
-    )
-
-
-def _listed(path: Path) -> set[str]:
-    """Names in a VOC list file: the first word of each line."""
-    check_file(path, "list file")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except ValueError as error:
-        raise DataError(f"list file {path} is not UTF-8 text: {error}") from error
-    names = {line.split()[0] for line in lines if line.strip()}
-    if not names:
-        raise DataError(f"list file {path} names nothing; write one image name per line")
-    return names
-
-
-def _listing(folder: Path) -> str:
-    """Digest of the names and sizes of all files below the folder."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    listed = sorted((clean_text(str(f.relative_to(folder))), f.stat().st_size) for f in files)
-    return storage.digest(listed)
-
-
-def _licence(folder: Path) -> str:
-    """First line of the licence file beside the data; "not stated" if there is none."""
-    for name in LICENCE_FILES:
-        if (folder / name).is_file():
-            text = (folder / name).read_text(encoding="utf-8", errors="replace")
-            lines = [clean_text(line) for line in text.splitlines() if line.strip(" #\n")]
-            return lines[0].lstrip("# ") if lines else "not stated"
-    return "not stated"

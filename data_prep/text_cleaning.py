@@ -10,13 +10,25 @@ KEPT = "\u200d\u200c"
 
 def clean_text(text: str) -> str:
     """One line without control characters, runs of white space made one blank."""
-    letters = []
+    return clean_with_places(text)[0]
+
+
+def clean_with_places(text: str) -> tuple[str, list[int]]:
+    """`clean_text` of it, and where each of its characters, and its end, went there.
+
+    A character that is gone points to the next one left, which may be the end.
+    """
+    letters: list[str] = []
+    places = []
     for letter in text:
+        places.append(len(letters))
         if letter.isspace():
-            letters.append(" ")
+            if letters and letters[-1] != " ":
+                letters.append(" ")
         elif letter in KEPT or unicodedata.category(letter) not in DROPPED:
             letters.append(letter)
-    return " ".join("".join(letters).split())
+    cleaned = "".join(letters).rstrip(" ")
+    return cleaned, [min(place, len(cleaned)) for place in [*places, len(letters)]]
 
 
 def cut_text(text: str, longest: int) -> str:

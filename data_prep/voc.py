@@ -167,7 +167,7 @@ def _record(images: ImageFolders, numbers: dict[str, int], row: Row, dropped: Dr
 
 
 def check_stated_size(root: ElementTree.Element, found: tuple[int, int], where: str) -> None:
-    """BadSample when the annotation is of another size; without a size, or with zeros, it is not."""
+    """BadSample when the annotation states another size; zeros, or none, state nothing."""
     stated = (root.findtext("size/width"), root.findtext("size/height"))
     try:
         sizes = [float(text or 0) for text in stated]

@@ -78,7 +78,7 @@ def _records(
     dropped: Dropped,
     stats: dict[str, Any],
 ) -> Iterator[Record]:
-    totals = Counter(samples=0, boxes=0, phrases=0)
+    totals, tall = Counter(samples=0, boxes=0, phrases=0), 0
     for place, row in enumerate(chunk.rows):
         if place in chunk.repeated:
             dropped.note(chunk.repeated[place], row.where)
@@ -90,9 +90,20 @@ def _records(
             continue
         totals["samples"] += 1
         totals["boxes"] += len(made.regions)
+        tall += made.height > made.width
         totals["phrases"] += len({region.spans for region in made.regions if region.spans})
         yield made
-    stats |= {"totals": dict(totals), "dropped": dict(dropped), "first": dropped.first}
+    stats |= {
+        "totals": dict(totals),
+        "tall": tall,
+        "dropped": dict(dropped),
+        "first": dropped.first,
+    }
+    note_dropped(url, name, dropped)
+
+
+def note_dropped(url: str, name: str, dropped: Dropped) -> None:
+    """Keep the list of what was left out of a shard in dropped/SHARD.jsonl."""
     if dropped.notes:
         lines = (json.dumps({"reason": reason, "where": where}) for reason, where in dropped.notes)
         text = "".join(f"{line}\n" for line in lines)

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "prepare": "turn a source (toy, voc, coco, pairs) into grounded shards",
-    "view": "a page that shows samples of a shard set with boxes and coloured phrases",
+    "view": "a page that shows samples of a shard set: boxes, masks, coloured phrases, figures",
+    "stats": "what a whole shard set holds: boxes, phrases, names, sizes, scores",
+    "check": "verify a whole shard set: files, checksums, records, spans, boxes, masks, keys",
     "pretrain": "shards -> checkpoints (DeepSpeed); the same command resumes",
     "label": "let a teacher ground the phrases of image-text pairs (Ray)",
     "evaluate": "score checkpoints: COCO AP, phrase-grounding recall (Ray)",
@@ -33,7 +35,16 @@ EXAMPLES = {
 Cut off, the same command goes on; what was dropped and why ends up in OUT/dataset.json.""",
     "view": """
   glipv2 view data/mine --out mine.html --count 24
-  glipv2 view s3://bucket/labelled --out page.html --keys cat-000017 dog-000003""",
+  glipv2 view s3://bucket/labelled --out page.html --keys cat-000017 dog-000003
+  glipv2 view s3://bucket/labelled --out doubtful.html --source web --max-score 0.6
+A large set is read in part, drawn by the seed; `glipv2 stats` reads all of it.""",
+    "stats": """
+  glipv2 stats data/mine
+  glipv2 stats s3://bucket/labelled --workers 16 --json labelled.json""",
+    "check": """
+  glipv2 check data/mine
+  glipv2 check s3://bucket/labelled --decode --workers 16 --json problems.json
+Each problem is a line: file, sample, byte, reason -> what to do. Exit code 1 if there is any.""",
     "pretrain": """
   glipv2 pretrain infra/recipes/quickstart.yaml --phase teacher
   glipv2 pretrain my.yaml train.steps=5000 data.mixture.mine=1
@@ -120,18 +131,18 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
 
 
 def _guarded(parsed: argparse.Namespace) -> int:
-    from glipv2.pipeline.errors import UserError
+    from glipv2.pipeline.errors import StoreError, UserError
     from glipv2.pipeline.launch import RankFailedError
 
     module = importlib.import_module(f"glipv2.jobs.{parsed.command}")
     try:
         return int(module.run(parsed))
+    except (StoreError, RankFailedError) as error:
+        print(f"glipv2 {parsed.command}: {error}", file=sys.stderr)  # noqa: T201
+        return CAN_BE_RUN_AGAIN
     except UserError as error:
         print(f"glipv2 {parsed.command}: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    except RankFailedError as error:
-        print(f"glipv2 {parsed.command}: {error}", file=sys.stderr)  # noqa: T201
-        return CAN_BE_RUN_AGAIN
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -1,11 +1,11 @@
 """glipv2 ground: images and a text (or categories) -> boxes as JSON and as pictures."""
 
 import argparse
-import json
+import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glipv2.pipeline import storage
 from glipv2.pipeline.errors import BadSample, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -70,11 +70,10 @@ def read(path: str) -> "Tensor":
     """The image's pixels, EXIF orientation applied."""
     from glipv2.pipeline.images import decode_image
 
-    if not Path(path).is_file():
-        raise DataError(f"{path} is a folder, not an image" if Path(path).is_dir()
-                        else f"{path} does not exist")  # fmt: skip
+    if not storage.exists(path):
+        raise DataError(f"{path} does not exist")
     try:
-        return decode_image(Path(path).read_bytes())
+        return decode_image(storage.read_bytes(path))
     except BadSample as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -82,14 +81,16 @@ def read(path: str) -> "Tensor":
 def load(checkpoint: str) -> "Grounder":
     """A checkpoint, a run's newest one, or a folder that holds nothing but a model."""
     from glipv2.model.grounder import Grounder
-    from glipv2.pipeline import storage
+    from glipv2.model.weights import model_from_files
     from glipv2.pipeline.checkpoint import COMMIT, MODEL_FILES, load_model
     from glipv2.pipeline.dist import local_device
 
     files = set(storage.list_names(checkpoint))
     if COMMIT not in files and files >= set(MODEL_FILES):
-        return Grounder.load(checkpoint, local_device())
-    model, tokenizer = load_model(checkpoint)
+        contents = {n: storage.read_bytes(storage.join(checkpoint, n)) for n in MODEL_FILES}
+        model, tokenizer = model_from_files(contents)
+    else:
+        model, tokenizer = load_model(checkpoint)
     return Grounder(model.to(local_device()), tokenizer)
 
 
@@ -135,24 +136,19 @@ def _write(
 ) -> int:
     """OUT.json, one object (of several images a list), and a picture for each image."""
     stem = out.removesuffix(".json").removesuffix(".png")
-    json_path = Path(f"{stem}.json")
-    pictures = [Path(f"{stem}{number}.png") for number in _suffixes(len(paths))]
+    pictures = [f"{stem}{number}.png" for number in _suffixes(len(paths))]
     results = [
         {"image": path, "text": asked, "regions": detection.to_dict()["regions"]}
         for path, detection in zip(paths, found, strict=True)
     ]
-    try:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: {error}") from error
     content = results[0] if len(results) == 1 else results
-    json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    storage.write_json(f"{stem}.json", content)
     for result, image, detection, picture in zip(results, images, found, pictures, strict=True):
-        draw(image, detection, picture)
+        storage.write_bytes(picture, drawn(image, detection))
         for region in result["regions"]:
             box = ", ".join(f"{value:.0f}" for value in region["box"])
             print(f"{region['score']:.2f}  {region['phrase']:24s} [{box}]")  # noqa: T201
-        print(f"{len(result['regions'])} boxes -> {json_path}, {picture}")  # noqa: T201
+        print(f"{len(result['regions'])} boxes -> {stem}.json, {picture}")  # noqa: T201
     return 0
 
 
@@ -160,8 +156,8 @@ def _suffixes(count: int) -> Iterator[str]:
     return iter([""] if count == 1 else [f"-{number}" for number in range(1, count + 1)])
 
 
-def draw(image_3HW: "Tensor", detection: "Detection", out: Path) -> None:
-    """The image with a coloured box, label and mask for each region; small images are enlarged."""
+def drawn(image_3HW: "Tensor", detection: "Detection") -> bytes:
+    """A PNG: the image, enlarged if small, with a coloured box, label and mask for each region."""
     from PIL import Image, ImageDraw
 
     picture = Image.fromarray(image_3HW.permute(1, 2, 0).numpy())
@@ -184,4 +180,6 @@ def draw(image_3HW: "Tensor", detection: "Detection", out: Path) -> None:
         area = canvas.textbbox((x0 + 4, max(0, y0 - 14)), label)
         canvas.rectangle((area[0] - 3, area[1] - 2, area[2] + 3, area[3] + 2), fill=colours[phrase])
         canvas.text((x0 + 4, max(0, y0 - 14)), label, fill="white")
-    picture.save(out)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()

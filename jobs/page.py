@@ -8,10 +8,13 @@ its words in the caption, its boxes and its legend line; the number serves who c
 import base64
 import re
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from glipv2.jobs.mask_overlay import MAX_MASKS, Overlay, mask_overlay
+from glipv2.jobs.survey import region_name, source_name
+from glipv2.pipeline import storage
 from glipv2.pipeline.errors import BadSample
 from glipv2.pipeline.images import decode_image, encode_jpeg
 from glipv2.pipeline.records import Record, Region
@@ -60,6 +63,15 @@ class Mark:
     title: str
     dashed: bool = False
     """For boxes that are wrong or only hinted at."""
+    score: float = 1.0
+    dim: bool = False
+    """Hardly visible: a box that was not asked for."""
+    mask: Overlay | None = None
+
+    @property
+    def group(self) -> str:
+        """What the page's filter knows it by: a tenth of the scores, or those that are 1."""
+        return f"score-{int(self.score * 10)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +124,29 @@ class Card:
     legend: tuple[LegendLine, ...]
     notes: tuple[tuple[str, str], ...]
     """(name, value) of the task and the provenance."""
+    source: str = ""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Its classes for the page's filters: its source and the scores of its boxes."""
+        scores = dict.fromkeys(mark.group for mark in self.picture.marks)
+        return (source_group(self.source), *scores)
+
+
+def source_group(source: str) -> str:
+    """The class of a source: letters and digits, whatever its name."""
+    return f"source-{storage.crc32c(source.encode(errors='replace'))}"
 
 
 def record_card(record: Record, categories: Sequence[str] = (), brief: bool = False) -> Card:
     """The card of a record; `brief` keeps only the origin of its provenance."""
     numbers = _phrase_numbers(record, categories)
-    names = [_name(region, record, categories) for region in record.regions]
+    names = [region_name(region, record, categories) for region in record.regions]
     marks = tuple(
         box_mark(region.box, name, numbers[_phrase_id(region)], region.score)
         for region, name in zip(record.regions, names, strict=True)
     )
+    marks, mask_notes = _with_masks(marks, record)
     alt = plain_text(record.caption) or ", ".join(dict.fromkeys(names)) or "no caption"
     uri, problem = picture_uri(record.image)
     return Card(
@@ -137,7 +162,8 @@ def record_card(record: Record, categories: Sequence[str] = (), brief: bool = Fa
         ),
         caption=caption_pieces(record, numbers),
         legend=_legend(record, names, numbers),
-        notes=_notes(record, brief),
+        notes=_notes(record, brief) + mask_notes,
+        source=source_name(record),
     )
 
 
@@ -157,7 +183,30 @@ def box_mark(
         ink=ink,
         title=plain_text(name) if score == 1 else f"{plain_text(name)} {score:.2f}",
         dashed=dashed,
+        score=score,
     )
+
+
+def _with_masks(
+    marks: tuple[Mark, ...], record: Record
+) -> tuple[tuple[Mark, ...], tuple[tuple[str, str], ...]]:
+    """The marks with their regions' masks, largest boxes first; notes on masks left out."""
+    rows = [row for row, region in enumerate(record.regions) if region.mask is not None]
+    rows.sort(key=lambda row: -marks[row].width * marks[row].height)
+    drawn, unreadable = list(marks), 0
+    for row in rows[:MAX_MASKS]:
+        try:
+            mask = mask_overlay(record, record.regions[row].mask or {}, marks[row].color, LONG_SIDE)
+        except BadSample:
+            unreadable += 1
+        else:
+            drawn[row] = replace(marks[row], mask=mask)
+    notes = []
+    if unreadable:
+        notes.append(("unreadable masks", str(unreadable)))
+    if len(rows) > MAX_MASKS:
+        notes.append(("masks", f"the {MAX_MASKS} largest of {len(rows)} are drawn"))
+    return tuple(drawn), tuple(notes)
 
 
 def caption_pieces(record: Record, numbers: dict[Hashable, int]) -> tuple[Piece, ...]:
@@ -249,14 +298,6 @@ def _phrase_numbers(record: Record, categories: Sequence[str]) -> dict[Hashable,
     if len(own) == len(distinct) and len(categories) <= len(PALETTE):
         return {category: category for category in own}
     return {phrase: number for number, phrase in enumerate(distinct)}
-
-
-def _name(region: Region, record: Record, categories: Sequence[str]) -> str:
-    if region.phrase:
-        return region.phrase
-    if region.category is not None and region.category < len(categories):
-        return categories[region.category]
-    return " … ".join(record.caption[start:end] for start, end in region.spans) or "unnamed"
 
 
 def _legend(

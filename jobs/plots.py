@@ -1,4 +1,4 @@
-"""Geometry of the small plots; `pieces.html` draws them as SVG.
+"""Geometry of the small plots; `pieces.html` draws them as SVG, rankings as a list with bars.
 
 Drawn here rather than by a plotting library, so that they take the page's fonts and colours (dark
 mode included) and stay readable on a phone: each is about as wide as one.
@@ -121,27 +121,43 @@ def line_plot(
     )
 
 
-def histogram(
-    title: str, values: Sequence[float], x_label: str, edges: Sequence[float]
-) -> Plot | None:
-    """Counts of values between ascending `edges`; values outside fall into the end bins."""
-    if not len(values):
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Names with their counts, the highest first."""
+
+    title: str
+    rows: tuple[tuple[str, float, str], ...]
+    """Name, length of its bar in percent, count as text."""
+    note: str = ""
+
+
+def ranking(title: str, counted: Sequence[tuple[str, int]], note: str = "") -> Ranking | None:
+    """Bars beside names; `counted` has the highest first. None without any."""
+    if not counted:
         return None
-    clipped = np.clip(np.asarray(values, dtype=np.float64), edges[0], edges[-1])
-    counts, _ = np.histogram(clipped, bins=np.asarray(edges, dtype=np.float64))
+    most = counted[0][1]
+    rows = tuple((name, round(100 * count / most, 1), f"{count:,}") for name, count in counted)
+    return Ranking(title=title, rows=rows, note=note)
+
+
+def histogram(
+    title: str, counts: Sequence[int], x_label: str, edges: Sequence[float], middle: float
+) -> Plot | None:
+    """Bars of `counts` between ascending `edges`; `middle` is the median. None without counts."""
+    if not sum(counts):
+        return None
     x_axis = _Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT)
-    y_axis = _Axis(0, max(float(counts.max()) * 1.08, 2), HEIGHT - BOTTOM, TOP)
+    y_axis = _Axis(0, max(max(counts) * 1.08, 2), HEIGHT - BOTTOM, TOP)
     bars = []
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        left, right, top = x_axis.place(low), x_axis.place(high), y_axis.place(float(count))
+        left, right, top = x_axis.place(low), x_axis.place(high), y_axis.place(count)
         width, height = round(max(right - left - 1.5, 1), 1), round(HEIGHT - BOTTOM - top, 1)
         bars.append(
             Bar(x=left, y=top, width=width, height=height, title=f"{low:g}–{high:g}: {count}")
         )
-    middle = float(np.median(values))
     return Plot(
         title=title,
-        summary=f"{title}: {len(values)} values, median {middle:.3g}",
+        summary=f"{title}: {sum(counts)} values, median {middle:.3g}",
         x_label=x_label,
         x_ticks=x_axis.ticks(5),
         y_ticks=y_axis.ticks(3, whole=True),

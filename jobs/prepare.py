@@ -10,13 +10,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from glipv2.data_prep.cleaning import Cleaner, clean_plan, hashes_of_shard, shards_of
 from glipv2.data_prep.looks import Looks
-from glipv2.data_prep.reasons import REASONS
+from glipv2.data_prep.reasons import REASONS, Dropped
 from glipv2.data_prep.source import Source
 from glipv2.data_prep.sources import KINDS, open_source
+from glipv2.data_prep.tar_index import tar_indexer, tars_to_index
 from glipv2.data_prep.toy import TOY_SETS
 from glipv2.data_prep.writing import (
     Chunk,
@@ -41,6 +43,7 @@ from glipv2.pipeline.shards import (
     open_shard_set,
     write_manifest,
 )
+from glipv2.pipeline.vocabulary import vocabulary_of, write_vocabulary
 
 SAMPLES_PER_SHARD = 256
 SMALL = 16 * SAMPLES_PER_SHARD
@@ -58,6 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "root": {"metavar": "URL", "help": "the folder that the source comes as, or its one file"},
     "list": {"metavar": "FILE", "help": "only these names, one a line"},
     "split": {"help": "only this part of the data, by the source's own name for it"},
+    "min_count": {"type": int, "help": "objects that a name needs to be a category (default 1)"},
     "caption_field": {"metavar": "NAME", "help": "the field that holds the text"},
 }
 RULES: dict[str, dict[str, Any]] = {
@@ -88,11 +92,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         rules = source.add_argument_group("leave out", "off by default; listed in OUT/dropped/")
         for rule, how in RULES.items():
             rules.add_argument("--" + rule.replace("_", "-"), **how)
-        source.add_argument("--out", required=True, metavar="URL", help="folder of the shard set")
+        if name == "webdataset":
+            how = "no copy: write index and manifest beside the tars"
+            source.add_argument("--index-only", action="store_true", help=how)
+        needs_out = name != "webdataset"
+        source.add_argument("--out", required=needs_out, metavar="URL", help="folder of the set")
         source.add_argument(
             "--workers", type=int, help="processes that read images (default: one per CPU; 0 none)"
         )
         source.add_argument("--address", help="Ray cluster to run on, for example auto")
+    vocabulary = sources.add_parser(
+        "vocabulary", help="which categories of several sets are the same, for data.vocabulary"
+    )
+    vocabulary.add_argument("shards", nargs="+", metavar="SHARDS", help="the sets of the mixture")
+    same = "names of one category (tv,television); may be repeated"
+    vocabulary.add_argument("--same", action="append", default=[], metavar="NAME,NAME", help=same)
+    vocabulary.add_argument("--out", required=True, metavar="URL", help="the file to write")
     add_recipe_arguments(sources.add_parser("recipe", help="all sets of a recipe, under data.root"))
 
 
@@ -104,11 +119,23 @@ def run(arguments: argparse.Namespace) -> int:
         with stage(config.run_dir, "prepare"):
             prepare_recipe(config)
         return 0
+    if arguments.source == "vocabulary":
+        same = [group.split(",") for group in arguments.same]
+        ids = vocabulary_of(map(open_shard_set, arguments.shards), same)
+        write_vocabulary(arguments.out, ids)
+        number = len(set(ids.values()))
+        print(f"{arguments.out}: {len(ids)} names of {number} categories")  # noqa: T201
+        return 0
     use_cluster(arguments.address)
+    if arguments.source == "webdataset" and bool(arguments.out) == arguments.index_only:
+        raise ConfigError("give either --out, for a copy, or --index-only, which makes none")
     options = PrepareConfig(
         **_given(arguments, PrepareConfig), clean=CleanConfig(**_given(arguments, CleanConfig))
     )
-    prepare_set(arguments.out, options, workers=arguments.workers)
+    if arguments.source == "webdataset" and arguments.index_only:
+        index_in_place(options, arguments.workers)
+    else:
+        prepare_set(arguments.out, options, workers=arguments.workers)
     return 0
 
 
@@ -142,6 +169,34 @@ def prepare_set(
         "samples_per_shard": samples_per_shard,
         "content": source.content | clean_plan(options.clean),
     }
+    done = _done_or_begun(url, plan)
+    if done is not None:
+        return done
+    workers = _worker_count(source, url, workers)
+    shards = _shards(source, url, options, samples_per_shard, workers)
+    shard_set = _complete(url, source, shards, plan)
+    forget_looks(url)
+    return shard_set
+
+
+def index_in_place(options: PrepareConfig, workers: int | None = None) -> ShardSet:
+    """Make existing webdataset tars a shard set where they are, as `prepare_set` would a copy."""
+    if options.clean != CleanConfig():
+        raise ConfigError("--index-only leaves nothing out by choice; make a copy with --out")
+    source, url = open_source(options), options.root.rstrip("/")
+    tars = tars_to_index(url)
+    plan = {"source": "webdataset in place", "content": source.content}
+    done = _done_or_begun(url, plan)
+    if done is not None:
+        return done
+    workers = _worker_count(source, url, workers)
+    make_indexer = partial(tar_indexer, url, options.caption_field)
+    indexed = dict(_mapped(make_indexer, tars, workers, f"index {url.rsplit('/', 1)[-1]}"))
+    return _complete(url, source, [indexed[tar] for tar in tars], plan)
+
+
+def _done_or_begun(url: str, plan: dict[str, Any]) -> ShardSet | None:
+    """The set if it is complete; else None, once it is noted what is being made there."""
     if storage.exists(storage.join(url, MANIFEST)):
         shard_set = open_shard_set(url)
         _check_same(url, shard_set.info.get("plan"), plan)
@@ -150,15 +205,17 @@ def prepare_set(
         return shard_set
     if not storage.create_once(storage.join(url, PLAN), storage.canonical_json(plan)):
         _check_same(url, _begun(url), plan)
-    workers = _worker_count(source, url, workers)
-    shards = _shards(source, url, options, samples_per_shard, workers)
+    return None
+
+
+def _complete(url: str, source: Source, shards: list[ShardInfo], plan: dict[str, Any]) -> ShardSet:
+    """Write the manifest and say what was made."""
     info = {"plan": plan, "licence": source.licence, **source.info, **summed(shards)}
     if not info["totals"]["samples"]:
         reasons = ", ".join(f"{number} {code}" for code, number in info["counts"].items())
         raise DataError(f"{url}: no usable sample in the source ({reasons or 'it is empty'})")
     filled = [shard for shard in shards if shard.samples]
     shard_set = write_manifest(url, filled, source.categories, info)
-    forget_looks(url)
     print(closing_table(shard_set))  # noqa: T201 - the answer of the command
     return shard_set
 
@@ -197,7 +254,8 @@ def _mapped(
     progress = None
     try:
         for item, result in done:
-            progress = progress or bar(rows, shown, "row" if rows else "it")
+            if progress is None:  # after Ray has said what it has to say
+                progress = bar(rows, shown, "row" if isinstance(item, Chunk) else "shard")
             progress.update(len(item.rows) if isinstance(item, Chunk) else 1)
             yield item, result
     finally:
@@ -214,8 +272,10 @@ def _worker_count(source: Source, url: str, wanted: int | None) -> int:
         return 0
     if wanted is not None:
         return wanted
-    small = source.total is not None and source.total <= SMALL
-    return 0 if small else os.cpu_count() or 1
+    total = source.total
+    if total is None:
+        total = sum(1 for _ in islice(source.rows(Dropped()), SMALL + 1))
+    return 0 if total <= SMALL else os.cpu_count() or 1
 
 
 def closing_table(shard_set: ShardSet) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.config_loader import load_config
+from glipv2.pipeline.errors import StoreError
 
 TICK = 5.0
 """Seconds between two notes of a running stage's time: what a kill may lose."""
@@ -61,19 +62,26 @@ def stage(run_dir: str, name: str) -> Iterator[None]:
 
     def note_now_and_then() -> None:
         while not ended.wait(TICK):
-            with contextlib.suppress(OSError):  # a full disk is for the stage itself to report
+            with contextlib.suppress(OSError, StoreError):  # for the stage itself to report
                 note(done=False)
 
     clock = threading.Thread(target=note_now_and_then, daemon=True)
     clock.start()
-    done = False
-    try:
-        yield
-        done = True
-    finally:
+
+    def end(done: bool) -> None:
         ended.set()
         clock.join()
         note(done)
+
+    try:
+        yield
+    except StoreError:  # a note would wait as long again for a store that fails
+        ended.set()
+        raise
+    except BaseException:
+        end(done=False)
+        raise
+    end(done=True)
 
 
 def stage_seconds(run_dir: str, names: list[str]) -> dict[str, float]:

@@ -1,25 +1,65 @@
-"""glipv2 view: one static page that shows a shard set, with boxes and coloured phrases."""
+"""glipv2 view: one static page that shows a shard set: boxes, masks, coloured phrases, figures."""
 
 import argparse
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from glipv2.jobs.page import Card, frame_ratio, record_card, render
-from glipv2.jobs.plots import Plot, histogram
+from glipv2.jobs.page import Card, frame_ratio, plain_text, record_card, render, source_group
+from glipv2.jobs.plots import Plot, Ranking, histogram, ranking
+from glipv2.jobs.stats import byte_text, set_size
+from glipv2.jobs.survey import Frequent, Survey, Tally, records_of, source_name
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import BadSample, DataError
-from glipv2.pipeline.record_json import parse_record
+from glipv2.pipeline.progress import progress
 from glipv2.pipeline.records import Record
 from glipv2.pipeline.shard_format import ShardSet
-from glipv2.pipeline.shard_reader import check_shard_sizes, open_shard_set, read_index, read_raw
+from glipv2.pipeline.shard_reader import check_shard_sizes, open_shard_set, read_index
 
 STRETCH = 256
 """Samples read at once: one ranged read."""
 MAX_STRETCHES = 16
 """Of a larger set this many stretches, drawn by the seed, stand for the whole."""
+TOP_NAMES = 12
+MAX_OPTIONS = 12
+SCORES = {10: "1 (given)"} | {n: f"{n / 10:.1f} to {(n + 1) / 10:.1f}" for n in range(9, -1, -1)}
+"""What the filter of the page calls each tenth of the scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which samples are shown and counted."""
+
+    sources: tuple[str, ...] = ()
+    """As the provenance names them; empty for all."""
+    min_score: float = 0.0
+    max_score: float = 1.0
+    """Some box must have a score from one to the other; the other boxes are drawn faintly."""
+
+    @property
+    def by_score(self) -> bool:
+        return self.min_score > 0 or self.max_score < 1
+
+    @property
+    def text(self) -> str:
+        """What was asked for, empty for everything."""
+        parts = [f"source {' or '.join(self.sources)}"] if self.sources else []
+        if self.by_score:
+            parts.append(f"a score from {self.min_score:g} to {self.max_score:g}")
+        return ", ".join(parts)
+
+    def score_fits(self, score: float) -> bool:
+        return self.min_score <= score <= self.max_score
+
+    def fits(self, record: Record) -> bool:
+        if self.sources and source_name(record) not in self.sources:
+            return False
+        return not self.by_score or any(self.score_fits(r.score) for r in record.regions)
+
+
+EVERYTHING = Wanted()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,17 +69,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=48, help="pictures to show (default 48)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another sample")
     parser.add_argument("--keys", nargs="+", help="show exactly these samples instead")
+    parser.add_argument("--source", nargs="+", help="only samples whose provenance names these")
+    score = "only samples with a box of at {} this score, other boxes drawn faintly"
+    parser.add_argument("--min-score", type=float, default=0.0, help=score.format("least"))
+    parser.add_argument("--max-score", type=float, default=1.0, help=score.format("most"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and say where it is."""
-    path = view(args.shards, args.out, args.count, args.seed, args.keys)
+    wanted = Wanted(
+        sources=tuple(args.source or ()), min_score=args.min_score, max_score=args.max_score
+    )
+    path = view(args.shards, args.out, args.count, args.seed, args.keys, wanted)
     print(f"page: {path}")  # noqa: T201 - the answer of the command
     return 0
 
 
 def view(
-    shards_url: str, out_html: str, count: int, seed: int, keys: Sequence[str] | None = None
+    shards_url: str,
+    out_html: str,
+    count: int,
+    seed: int,
+    keys: Sequence[str] | None = None,
+    wanted: Wanted = EVERYTHING,
 ) -> str:
     """Write a page with `count` samples drawn by `seed`, or with the samples named in `keys`.
 
@@ -47,163 +99,244 @@ def view(
     """
     if count < 1:
         raise DataError(f"--count must be at least 1, got {count}")
+    if not 0 <= wanted.min_score <= wanted.max_score <= 1:
+        raise DataError("--min-score and --max-score must lie between 0 and 1, in this order")
+    if keys and wanted != EVERYTHING:
+        raise DataError("--keys shows exactly these samples: leave --source and the scores out")
     shard_set = open_shard_set(shards_url)
     check_shard_sizes(shard_set)
     rng = np.random.default_rng(seed)
-    wanted = _find_keys(shard_set, keys) if keys else None
-    survey = _survey(shard_set, _stretches(shard_set, rng, wanted), count, rng, wanted)
-    name = shards_url.rstrip("/").rsplit("/", 1)[-1]
-    drawn = "." if keys else f", drawn with seed {seed}."
+    if keys:
+        scan = _scan(shard_set, _find_keys(shard_set, keys), len(keys), rng)
+    elif wanted == EVERYTHING:
+        scan = _scan(shard_set, _stretches(shard_set, rng)[:MAX_STRETCHES], count, rng)
+    else:
+        stretches = _stretches(shard_set, rng)
+        shown = progress(stretches, len(stretches), "look for samples")
+        scan = _scan(shard_set, shown, count, rng, wanted)
+        if not scan.places:
+            listed = ", ".join(plain_text(name) for name, _ in scan.sources.top(10))
+            raise DataError(f"{shards_url} has no sample with {wanted.text}; its sources: {listed}")
+    cards = list(_cards(shard_set, scan.places, wanted))
     page = render(
         "view.html",
-        name=name,
+        name=shards_url.rstrip("/").rsplit("/", 1)[-1],
         url=shards_url,
         total=f"{shard_set.samples:,}",
-        facts=_facts(shard_set, survey),
-        plots=_plots(survey),
-        scanned_note=_scanned_note(shard_set, survey),
+        facts=_facts(shard_set, scan.survey),
+        plots=_plots(scan.survey),
+        rankings=_rankings(scan.survey),
+        scanned_note=_scanned_note(shard_set, scan, wanted),
         categories=shard_set.categories,
-        skipped=survey.skipped.most_common(),
+        skipped=scan.survey.unreadable.most_common(),
         heading="Samples asked for" if keys else "A random sample",
-        sample_note=f"{len(survey.cards)} samples{drawn}",
-        cards=survey.cards,
-        ratio=frame_ratio([card.picture for card in survey.cards]),
+        sample_note=f"{len(cards)} samples" + ("." if keys else f", drawn with seed {seed}."),
+        filters=_filters(cards),
+        cards=cards,
+        ratio=frame_ratio([card.picture for card in cards]),
     )
     storage.write_bytes(out_html, page)
     return out_html
 
 
-@dataclass
-class _Survey:
-    """What was seen of a set."""
-
-    samples: int = 0
-    boxes: list[int] = field(default_factory=list)
-    """Per sample."""
-    scores: list[float] = field(default_factory=list)
-    """Of boxes that a model made."""
-    short_sides: list[int] = field(default_factory=list)
-    tasks: Counter[str] = field(default_factory=Counter)
-    skipped: Counter[str] = field(default_factory=Counter)
-    cards: list[Card] = field(default_factory=list)
-
-    def add(self, record: Record) -> None:
-        self.samples += 1
-        self.boxes.append(len(record.regions))
-        self.scores += [r.score for r in record.regions if r.score < 1]
-        self.short_sides.append(min(record.width, record.height))
-        self.tasks[record.task] += 1
-
-
+Place = tuple[int, int]
+"""Shard number, sample number."""
 Stretch = tuple[int, int, int]
 """Shard number, first sample, end (exclusive)."""
 
 
-def _stretches(
-    shard_set: ShardSet, rng: np.random.Generator, wanted: Collection[tuple[int, int]] | None
-) -> list[Stretch]:
-    """What to read: everything of a small set, a seeded part of a large one, or just `wanted`."""
-    if wanted is not None:
-        return [(shard, sample, sample + 1) for shard, sample in sorted(wanted)]
+@dataclass
+class _Scan:
+    """What was read of a set, and which of it is to be shown."""
+
+    survey: Survey = field(default_factory=Survey)
+    """Of the samples that fit."""
+    read: int = 0
+    sources: Frequent = field(default_factory=Frequent)
+    """Of all that was read."""
+    places: list[Place] = field(default_factory=list)
+
+
+def _stretches(shard_set: ShardSet, rng: np.random.Generator) -> list[Stretch]:
+    """The whole set in pieces, in random order."""
     stretches = [
         (number, first, min(first + STRETCH, shard.samples))
         for number, shard in enumerate(shard_set.shards)
         for first in range(0, shard.samples, STRETCH)
     ]
-    if len(stretches) <= MAX_STRETCHES:
-        return stretches
-    return [stretches[i] for i in sorted(rng.choice(len(stretches), MAX_STRETCHES, replace=False))]
+    return [stretches[i] for i in rng.permutation(len(stretches))]
 
 
-def _survey(
-    shard_set: ShardSet,
-    stretches: Sequence[Stretch],
-    count: int,
-    rng: np.random.Generator,
-    wanted: Collection[tuple[int, int]] | None,
-) -> _Survey:
-    """Count everything in the stretches and make cards of a random `count` of it."""
-    total = sum(end - first for _, first, end in stretches)
-    number = total if wanted is not None else min(count, total)
-    chosen = set(rng.choice(total, number, replace=False).tolist()) if total else set()
-    survey = _Survey()
-    for position, sample in enumerate(_records(shard_set, stretches)):
-        if isinstance(sample, BadSample):
-            survey.skipped[sample.reason] += 1
-            continue
-        survey.add(sample)
-        if position in chosen:
-            survey.cards.append(record_card(sample, shard_set.categories))
-    return survey
-
-
-def _records(shard_set: ShardSet, stretches: Sequence[Stretch]) -> Iterator[Record | BadSample]:
-    for shard, first, end in stretches:
-        for raw in read_raw(shard_set, shard, first, end):
-            try:
-                yield parse_record(raw, len(shard_set.categories))
-            except BadSample as bad:
-                yield bad
-
-
-def _find_keys(shard_set: ShardSet, keys: Sequence[str]) -> set[tuple[int, int]]:
-    """(shard number, sample number) of each key; an unknown one is an error."""
-    missing, places = set(keys), set()
+def _find_keys(shard_set: ShardSet, keys: Sequence[str]) -> list[Stretch]:
+    """Each key as a stretch of one sample; an unknown one is an error."""
+    missing, places = set(keys), []
     for shard in range(len(shard_set.shards)):
         for number, entry in enumerate(read_index(shard_set, shard)):
             if entry.key in missing:
                 missing.discard(entry.key)
-                places.add((shard, number))
+                places.append((shard, number, number + 1))
     if missing:
         raise DataError(f"{shard_set.url} has no sample with key {', '.join(sorted(missing))}")
     return places
 
 
-def _facts(shard_set: ShardSet, survey: _Survey) -> list[tuple[str, str, str]]:
-    boxes = sum(survey.boxes)
-    mean = f"{boxes / survey.samples:.1f} a picture" if boxes else ""
-    size = sum(shard.bytes for shard in shard_set.shards)
+def _scan(
+    shard_set: ShardSet,
+    stretches: Iterable[Stretch],
+    count: int,
+    rng: np.random.Generator,
+    wanted: Wanted = EVERYTHING,
+) -> _Scan:
+    """Count what fits in the stretches and choose `count` samples of it by lot.
+
+    Ends early after MAX_STRETCHES, once there are enough.
+    """
+    scan = _Scan()
+    for turn, (shard, first, end) in enumerate(stretches):
+        if turn >= MAX_STRETCHES and len(scan.places) >= count:
+            break
+        for number, sample in enumerate(records_of(shard_set, shard, first, end), start=first):
+            scan.read += 1
+            if isinstance(sample, BadSample):
+                scan.survey.unreadable[sample.reason] += 1
+                continue
+            scan.sources.add(source_name(sample))
+            if not wanted.fits(sample):
+                continue
+            scan.survey.add(sample, shard_set.categories)
+            if len(scan.places) < count:
+                scan.places.append((shard, number))
+            elif (lot := int(rng.integers(scan.survey.samples))) < count:  # a fair share for all
+                scan.places[lot] = (shard, number)
+    return scan
+
+
+def _cards(shard_set: ShardSet, places: Sequence[Place], wanted: Wanted) -> Iterator[Card]:
+    """Read again one by one, so that not all their images are in memory together."""
+    for shard, number in sorted(places):
+        for record in records_of(shard_set, shard, number, number + 1):
+            if not isinstance(record, BadSample):
+                card = record_card(record, shard_set.categories)
+                marks = tuple(
+                    replace(mark, dim=not wanted.score_fits(mark.score))
+                    for mark in card.picture.marks
+                )
+                yield replace(card, picture=replace(card.picture, marks=marks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One thing to choose in a filter of the page."""
+
+    group: str
+    """The class of the cards that it leaves."""
+    text: str
+    cards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """A row of radio buttons over the cards."""
+
+    title: str
+    options: tuple[Option, ...]
+    of_boxes: bool = False
+    """Boxes of other groups are dimmed."""
+
+
+def _filters(cards: Sequence[Card]) -> list[Filter]:
+    """By source and by score, where there is a choice."""
+    sources = Counter(card.source for card in cards).most_common(MAX_OPTIONS)
+    by_source = tuple(
+        Option(group=source_group(name), text=name, cards=count) for name, count in sources
+    )
+    scores = Counter(group for card in cards for group in card.groups[1:])
+    by_score = tuple(
+        Option(group=f"score-{tenth}", text=text, cards=scores[f"score-{tenth}"])
+        for tenth, text in SCORES.items()
+        if f"score-{tenth}" in scores
+    )
+    filters = [
+        Filter(title="Source", options=by_source),
+        Filter(title="Score of a box", options=by_score, of_boxes=True),
+    ]
+    return [choice for choice in filters if len(choice.options) > 1]
+
+
+def _facts(shard_set: ShardSet, survey: Survey) -> list[tuple[str, str, str]]:
+    boxes, size = survey.boxes, set_size(shard_set)
+    mean = f"{boxes.mean:.1f} a picture" if boxes.total else ""
     tasks = ", ".join(name for name, _ in survey.tasks.most_common())
     facts = [
         ("Samples", f"{shard_set.samples:,}", tasks),
-        ("Shards", f"{len(shard_set.shards):,}", _bytes(size)),
-        ("Boxes", f"{boxes:,}", mean),
+        ("Shards", f"{size['shards']:,}", byte_text(size["bytes"])),
+        ("Boxes", f"{boxes.total:,.0f}", mean),
     ]
-    if 0 < (empty := survey.boxes.count(0)) < survey.samples:
+    if 0 < (empty := boxes.cells[0]) < survey.samples:
         facts.append(("Without boxes", f"{empty:,}", f"{empty / survey.samples:.0%} of those read"))
-    if survey.short_sides:
-        low, high = min(survey.short_sides), max(survey.short_sides)
-        sides = f"{low} to {high} px" if low < high else "all pictures"
-        facts.append(("Median short side", f"{np.median(survey.short_sides):.0f} px", sides))
-    if survey.scores:
-        facts.append(("Median score", f"{np.median(survey.scores):.2f}", "of pseudo labels"))
+    if survey.masks:
+        facts.append(("Masks", f"{survey.masks:,}", f"{survey.masks / boxes.total:.0%} of boxes"))
+    if survey.short_sides.count:
+        low, high = survey.short_sides.low, survey.short_sides.high
+        sides = f"{low:.0f} to {high:.0f} px" if low < high else "all pictures"
+        facts.append(("Median short side", f"{survey.short_sides.quantile(0.5):.0f} px", sides))
+    if survey.scores.count:
+        median = survey.scores.quantile(0.5)
+        facts.append(("Median score", f"{median:.2f}", "of pseudo labels"))
     return facts
 
 
-def _scanned_note(shard_set: ShardSet, survey: _Survey) -> str:
-    read = survey.samples + sum(survey.skipped.values())
-    if read == shard_set.samples:
-        return f"All {read:,} samples were read."
-    return f"Figures on boxes are of {read:,} samples that were read, of {shard_set.samples:,}."
+def _scanned_note(shard_set: ShardSet, scan: _Scan, wanted: Wanted) -> str:
+    all_read = scan.read == shard_set.samples
+    if wanted != EVERYTHING:
+        of_all = "" if all_read else f", of {shard_set.samples:,} in the set"
+        fit = f"the {scan.survey.samples:,} samples with {wanted.text}"
+        return f"Figures are of {fit}, among {scan.read:,} that were read{of_all}."
+    if all_read:
+        return f"All {scan.read:,} samples were read."
+    return (
+        f"Figures on boxes are of {scan.read:,} samples that were read, of {shard_set.samples:,}."
+    )
 
 
-def _plots(survey: _Survey) -> list[Plot]:
-    most = max(survey.boxes, default=0)
-    step = max(1, -(-(most + 1) // 20))
-    edges = [edge - 0.5 for edge in range(0, most + 1 + step, step)]
+def _plots(survey: Survey) -> list[Plot]:
+    fractions = np.linspace(0, 1, 21).tolist()
+    sides = survey.short_sides
     plots = [
-        histogram("Boxes in a picture", survey.boxes if most else (), "boxes", edges),
-        histogram("Scores of boxes", survey.scores, "score", np.linspace(0, 1, 21).tolist()),
+        _whole_numbers("Boxes in a picture", survey.boxes, "boxes"),
+        _whole_numbers("Length of phrases", survey.phrase_words, "words"),
+        _bars("Size of boxes", survey.box_sizes, "√ (share of the picture)", fractions),
+        _bars("Scores of boxes", survey.scores, "score", fractions),
     ]
-    low, high = min(survey.short_sides, default=0), max(survey.short_sides, default=0)
-    if low < high:
-        edges = np.linspace(low, high, 17).tolist()
-        plots.append(histogram("Short side", survey.short_sides, "pixels", edges))
+    if sides.low < sides.high:
+        edges = np.linspace(sides.low, sides.high, 17).tolist()
+        plots.append(_bars("Short side", sides, "pixels", edges))
     return [plot for plot in plots if plot]
 
 
-def _bytes(size: float) -> str:
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"
+def _whole_numbers(title: str, tally: Tally, x_label: str) -> Plot | None:
+    """Bars of at most 20 groups of neighbouring numbers; None if all are 0."""
+    if not tally.total:
+        return None
+    step = max(1, -(-int(tally.high + 1) // 20))
+    edges = [edge - 0.5 for edge in range(0, int(tally.high) + 1 + step, step)]
+    return _bars(title, tally, x_label, edges)
+
+
+def _bars(title: str, tally: Tally, x_label: str, edges: Sequence[float]) -> Plot | None:
+    if not tally.count:
+        return None
+    return histogram(title, tally.between(edges), x_label, edges, tally.quantile(0.5))
+
+
+def _rankings(survey: Survey) -> list[Ranking]:
+    names, sources = survey.names, survey.sources
+    rest = f"the first of {len(names.counts):,}" if len(names.counts) > TOP_NAMES else ""
+    error = f"counts up to {names.error:,} too low" if names.error else ""
+    note = "; ".join(part for part in (rest, error) if part)
+    by_source = sources.top(TOP_NAMES) if len(sources.counts) > 1 else []
+    found = [
+        ranking("Boxes by name", names.top(TOP_NAMES), note),
+        ranking("Pictures by source", by_source),
+    ]
+    return [rank for rank in found if rank]

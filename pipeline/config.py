@@ -120,6 +120,15 @@ class DataConfig:
     """Samples of one ranged read."""
     window_units: int = 2
     """Units that are shuffled together."""
+    group_by_aspect: bool = False
+    """Make batches of pictures that are all taller than wide, or all not: less padding."""
+    cache: str = ""
+    """Local folder that keeps what was read from an object store; empty reads it every epoch."""
+    cache_gb: float = 100.0
+    """Size that the cache may have, in 10^9 bytes; what was not used for longest goes first."""
+    vocabulary: str = ""
+    """File of `glipv2 prepare vocabulary`: which categories of different sets are the same. Empty
+    takes equal names for equal categories, and nothing else."""
     workers: int = 0
     """Loader processes per rank; 0 loads in the training process. Never changes the batches."""
     max_bad_share: float = 0.01
@@ -137,6 +146,7 @@ class DataConfig:
         _require(0 < self.crop_least <= 1, "data.crop_least", "in (0, 1]", self.crop_least)
         _require(self.unit_samples > 0, "data.unit_samples", "positive", self.unit_samples)
         _require(self.window_units > 0, "data.window_units", "positive", self.window_units)
+        _require(self.cache_gb > 0, "data.cache_gb", "positive", self.cache_gb)
         _require(self.workers >= 0, "data.workers", "0 or more", self.workers)
 
 

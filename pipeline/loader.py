@@ -1,6 +1,6 @@
 """The data path: shards -> stream -> picture and text -> tokens -> batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,11 +9,18 @@ from glipv2.model.batch import NO_CATEGORY, NO_WORD, Batch
 from glipv2.model.prompts import clean_category, token_map
 from glipv2.model.tokenizer import Tokenizer
 from glipv2.pipeline.augment import Augmentation, cropped, draw_view, picture
+from glipv2.pipeline.cache import RangeCache
 from glipv2.pipeline.collate import Sample, collate
 from glipv2.pipeline.config import DataConfig
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.masking import Masking, mask_tokens, tokens_within
-from glipv2.pipeline.negatives import Negatives, TrainingText, caption_text, detection_text
+from glipv2.pipeline.negatives import (
+    Categories,
+    Negatives,
+    TrainingText,
+    caption_text,
+    detection_text,
+)
 from glipv2.pipeline.shard_format import ShardSet
 from glipv2.pipeline.stream import (
     OnBad,
@@ -24,6 +31,7 @@ from glipv2.pipeline.stream import (
     check_lanes,
     largest_divisor,
 )
+from glipv2.pipeline.vocabulary import equal_names, read_vocabulary
 from glipv2.pipeline.workers import batches_from_workers
 
 MOST_LANES = 64
@@ -61,7 +69,7 @@ class Preparation:
     augmentation: Augmentation
     negatives: Negatives
     masking: Masking
-    categories: Mapping[str, "Categories"]
+    categories: Mapping[str, Categories]
     """Source -> its categories."""
     masks: bool = False
     """Whether samples carry the masks of their regions."""
@@ -104,9 +112,7 @@ class Preparation:
         budget = self.tokenizer.max_tokens - 2
         if slot.record.task == "detection":
             own = self.categories[slot.source]
-            return detection_text(
-                slot.record, own.names, own.costs, budget, self.negatives, slot.rng
-            )
+            return detection_text(slot.record, own, budget, self.negatives, slot.rng)
         return caption_text(
             slot.record, slot.neighbours, self._count, budget, self.negatives, slot.rng
         )
@@ -119,22 +125,6 @@ class Preparation:
 
     def _count(self, text: str) -> int:
         return len(self.tokenizer.encode(text).ids) - 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Categories:
-    """The category names of one shard set."""
-
-    names: tuple[str, ...]
-    costs: tuple[int, ...]
-    """Tokens of each name."""
-    ids: tuple[int, ...]
-    """Number of each name in the vocabulary shared by all sets of the mixture."""
-
-    def shared_ids(self, numbers: Sequence[int | None]) -> np.ndarray:
-        """int64, NO_CATEGORY for None."""
-        ids = [NO_CATEGORY if number is None else self.ids[number] for number in numbers]
-        return np.array(ids, dtype=np.int64)
 
 
 def build_loader(  # noqa: PLR0913 (a job names each of these)
@@ -160,6 +150,8 @@ def build_loader(  # noqa: PLR0913 (a job names each of these)
         unit_samples=data.unit_samples,
         window_units=data.window_units,
         max_bad_share=data.max_bad_share,
+        group_by_aspect=data.group_by_aspect,
+        cache=RangeCache(data.cache, int(data.cache_gb * 1e9)) if data.cache else None,
     )
     prepare = Preparation(
         tokenizer=tokenizer,
@@ -183,7 +175,7 @@ def build_loader(  # noqa: PLR0913 (a job names each of these)
             vocab_size=tokenizer.vocab_size,
             special_ids=tokenizer.special_ids,
         ),
-        categories=shared_categories(sets, tokenizer),
+        categories=shared_categories(sets, tokenizer, data.vocabulary),
         masks=masks,
     )
     stream = Stream(sets, data.mixture, config, rank, world_size, on_bad)
@@ -197,20 +189,24 @@ def lane_count(data: DataConfig, global_batch: int, world_size: int) -> int:
     return lanes
 
 
-def shared_categories(sets: Mapping[str, ShardSet], tokenizer: Tokenizer) -> dict[str, Categories]:
-    """Each set's categories, numbered so that equal names in several sets have equal ids."""
+def shared_categories(
+    sets: Mapping[str, ShardSet], tokenizer: Tokenizer, vocabulary: str = ""
+) -> dict[str, Categories]:
+    """Each set's categories, with ids that are equal where the vocabulary says they are the same
+    (a file of `glipv2 prepare vocabulary`; without one, where the names are equal).
+    """
     cleaned = {
         source: tuple(clean_category(name) for name in shard_set.categories)
         for source, shard_set in sets.items()
     }
-    every_name = sorted({name for names in cleaned.values() for name in names})
-    vocabulary = {name: number for number, name in enumerate(every_name)}
-    cost = {name: len(tokenizer.encode(name).ids) - 2 for name in vocabulary}
+    every_name = {name for names in cleaned.values() for name in names}
+    shared = read_vocabulary(vocabulary, every_name) if vocabulary else equal_names(every_name)
+    cost = {name: len(tokenizer.encode(name).ids) - 2 for name in every_name}
     return {
         source: Categories(
             names=names,
             costs=tuple(cost[name] for name in names),
-            ids=tuple(vocabulary[name] for name in names),
+            ids=tuple(shared[name] for name in names),
         )
         for source, names in cleaned.items()
     }

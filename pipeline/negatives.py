@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from glipv2.model.batch import NO_CATEGORY
 from glipv2.model.prompts import Prompt, caption_prompt, category_prompt
 from glipv2.pipeline.records import Record, Span
 
@@ -31,6 +32,22 @@ class TrainingText:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Categories:
+    """The category names of one shard set."""
+
+    names: tuple[str, ...]
+    costs: tuple[int, ...]
+    """Tokens of each name."""
+    ids: tuple[int, ...]
+    """Number of each name in the vocabulary shared by all sets of the mixture."""
+
+    def shared_ids(self, numbers: Sequence[int | None]) -> np.ndarray:
+        """int64, NO_CATEGORY for None."""
+        ids = [NO_CATEGORY if number is None else self.ids[number] for number in numbers]
+        return np.array(ids, dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Negatives:
     """How many words of other images a text may hold."""
 
@@ -50,20 +67,21 @@ class Negatives:
 
 def detection_text(
     record: Record,
-    names: Sequence[str],
-    costs: Sequence[int],
+    categories: Categories,
     budget: int,
     settings: Negatives,
     rng: np.random.Generator,
 ) -> TrainingText:
     """Names of the record's categories and of absent ones, in random order.
 
-    `names` are the categories of its shard set, `costs` their lengths in tokens; the text takes at
-    most `budget` tokens. Present categories go first: only a budget too small for them loses any.
+    The text takes at most `budget` tokens. Present categories go first: only a budget too small
+    for them loses any.
     """
     shown = {r.category for r in record.regions if r.category is not None}
     present = sorted({r.category for r in record.regions if not r.crowd} & shown)
-    absent = sorted(set(range(len(names))) - shown)  # a crowd's category is no negative either
+    shown_ids = {categories.ids[c] for c in shown}  # a crowd's category is no negative either
+    absent = [c for c, shared in enumerate(categories.ids) if shared not in shown_ids]
+    names, costs = categories.names, categories.costs
     count = len(names) if settings.fixed else settings.draw_count(settings.max_categories, rng)
     candidates = [*rng.permutation(present), *rng.permutation(absent)[:count]]
     chosen: list[int] = []

@@ -17,6 +17,7 @@ from uuid import uuid4
 import fsspec
 
 from glipv2.model.urls import scheme_of
+from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.retries import retried, s3_client_config, upload_limit
 
 PART = 50 * 2**20
@@ -99,7 +100,10 @@ def create(url: str, data: bytes) -> bool:
 
 def copy(source: str, target: str) -> None:
     """Copy within one store; the target is visible when it is whole."""
-    _send(target, size(source), lambda **_: _store(source).cp_file(source, target))
+    expected = size(source)
+    _send(target, expected, lambda **_: _store(source).cp_file(source, target))
+    if (copied := size(target)) != expected:
+        raise DataError(f"{target} holds {copied} bytes of the {expected} of {source}; try again")
 
 
 def delete(url: str) -> None:
@@ -124,7 +128,8 @@ def tree(url: str) -> dict[str, int]:
     store = _store(url)
     root = store._strip_protocol(url).rstrip("/") + "/"
     found = retried(url, "listed", lambda: store.find(url, detail=True))
-    return {name.removeprefix(root): int(entry["size"]) for name, entry in found.items()}
+    below = {name: entry for name, entry in found.items() if name.startswith(root)}
+    return {name.removeprefix(root): int(entry["size"]) for name, entry in below.items()}
 
 
 def _store(url: str) -> Any:

@@ -53,6 +53,8 @@ class SampleEntry:
     crc32c: str
     members: Mapping[str, tuple[int, int]]
     """Extension -> (offset, size) of its content, counted from the sample's first byte."""
+    document: str = ""
+    """The sample's JSON where the tar has none: foreign tars are indexed, not rewritten."""
 
 
 @dataclass(frozen=True, kw_only=True)

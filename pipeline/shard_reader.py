@@ -173,9 +173,9 @@ def _read_index(url: str, name: str, size: int, crc: str) -> tuple[SampleEntry, 
         )
     tar = shard_url(url, name)
     _check_size(tar, size, storage.size(tar) if storage.exists(tar) else None)
+    names = ("key", "offset", "length", "crc32c", "members", "document")
     return tuple(
-        SampleEntry(key=key, offset=offset, length=length, crc32c=sample_crc, members=members)
-        for key, offset, length, sample_crc, members in record["index"]
+        SampleEntry(**dict(zip(names, values, strict=False))) for values in record["index"]
     )
 
 
@@ -185,4 +185,6 @@ def _raw_sample(entry: SampleEntry, data: bytes) -> RawSample:
         bad = BadSample("crc_mismatch", f"crc32c {found}, expected {entry.crc32c}")
         return RawSample(key=entry.key, error=bad)
     members = {name: data[start : start + size] for name, (start, size) in entry.members.items()}
+    if entry.document:
+        members["json"] = entry.document.encode()
     return RawSample(key=entry.key, members=members)

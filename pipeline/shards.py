@@ -50,6 +50,7 @@ __all__ = [
     "ShardInfo",
     "ShardSet",
     "check_shard_sizes",
+    "commit_in_place",
     "committed_shard",
     "iterate_records",
     "open_shard_set",
@@ -129,6 +130,28 @@ def write_raw_shard(
         storage.delete(_attempt_url(url, attempt))
     _finish(url, committed, winner)
     return committed
+
+
+def commit_in_place(
+    url: str, name: str, index: list[list[Any]], stats: dict[str, Any]
+) -> ShardInfo:
+    """Commit a tar that somebody else put into the set's folder, by the index of its samples.
+
+    Entries are [key, offset, length, crc32c, members, document]; `document` stands for the
+    sample's JSON member, which such a tar doesn't have.
+    """
+    tar = shard_url(url, name)
+    record = {
+        "schema": SCHEMA,
+        "shard": name,
+        "bytes": storage.size(tar),
+        "crc32c": storage.file_crc32c(tar),
+        "stats": stats,
+        "index": index,
+    }
+    mine = storage.canonical_json({**record, "attempt": "in-place"})
+    storage.create_once(commit_url(url, name), mine)
+    return read_commit(url, name)[0]
 
 
 def committed_shard(url: str, name: str) -> ShardInfo | None:

@@ -97,7 +97,9 @@ def assert_self_contained(page):
         for name, value in element.items():
             assert not name.startswith("on"), element
             if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
-                assert value.startswith(("data:image/jpeg;base64,", "#")), value[:80]
+                assert value.startswith(
+                    ("data:image/jpeg;base64,", "data:image/png;base64,", "#")
+                ), value[:80]
     styles = "".join(e["text"] for e in page.all("style"))
     styles += "".join(e.get("style", "") for e in page.elements)
     assert "{" in styles and "url(" not in styles and "@import" not in styles

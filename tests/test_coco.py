@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from glipv2.data_prep.coco import read_coco, run_lengths
+from glipv2.data_prep.coco import run_lengths
 from glipv2.data_prep.reasons import Dropped
+from glipv2.data_prep.sources import open_source
+from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.errors import DataError
 
 
@@ -23,6 +25,12 @@ def annotation(bbox, category=7, **changes):
     return {"image_id": 1, "category_id": category, "bbox": bbox, "iscrowd": 0, **changes}
 
 
+def opened(path, folder):
+    return open_source(
+        PrepareConfig(source="coco", annotations=(str(path),), images=(str(folder),))
+    )
+
+
 def read(tmp_path, annotations, images=None, categories=None):
     (tmp_path / "one.jpg").write_bytes(jpeg())
     document = {
@@ -33,7 +41,7 @@ def read(tmp_path, annotations, images=None, categories=None):
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(document))
     dropped = Dropped()
-    return list(read_coco(path, tmp_path, dropped)), dropped
+    return list(opened(path, tmp_path).records(dropped)), dropped
 
 
 def test_boxes_become_corners_and_category_ids_become_indices(tmp_path):
@@ -43,9 +51,8 @@ def test_boxes_become_corners_and_category_ids_become_indices(tmp_path):
     assert (record.key, record.task, dict(dropped)) == ("1", "detection", {})
 
 
-def test_crowds_strangers_and_broken_boxes_are_counted_and_left_out(tmp_path):
+def test_strangers_and_broken_boxes_are_counted_and_left_out(tmp_path):
     items = [
-        annotation([1, 1, 5, 5], iscrowd=1),
         annotation([1, 1, 5, 5], category=99),
         annotation([float("nan"), 1, 5, 5]),
         annotation([9, 9, -5, 5]),
@@ -58,7 +65,6 @@ def test_crowds_strangers_and_broken_boxes_are_counted_and_left_out(tmp_path):
     (record,), dropped = read(tmp_path, items)
     assert [region.box for region in record.regions] == [(35, 9, 40, 14)]
     assert dropped == {
-        "crowd": 1,
         "category_unknown": 1,
         "box_not_finite": 1,
         "box_inverted": 1,
@@ -67,7 +73,15 @@ def test_crowds_strangers_and_broken_boxes_are_counted_and_left_out(tmp_path):
         "box_outside": 1,
         "box_unreadable": 2,
     }
-    assert dropped.first["crowd"] == "one.jpg"
+    assert dropped.first["category_unknown"] == "one.jpg"
+
+
+def test_a_crowd_stays_and_says_so(tmp_path):
+    mask = {"size": [30, 40], "counts": [100, 50, 1050]}
+    crowd = annotation([3, 1, 5, 25], iscrowd=1, segmentation=mask)
+    (record,), dropped = read(tmp_path, [crowd, annotation([1, 1, 5, 5])])
+    assert [region.crowd for region in record.regions] == [True, False] and not dropped
+    assert coco_mask.area(record.regions[0].mask) == 50
 
 
 def test_polygons_and_both_run_length_forms_give_the_same_mask(tmp_path):
@@ -123,6 +137,9 @@ def test_image_entries_that_point_nowhere_or_elsewhere_are_counted(tmp_path):
         {"id": 4, "file_name": "/etc/hostname"},
         {"id": 5, "file_name": "one.jpg", "width": 30, "height": 40},
         {"id": 6},
+        {"id": [7], "file_name": "one.jpg"},
+        {"id": "1", "file_name": "one.jpg"},
+        "one.jpg",
     ]
     records, dropped = read(tmp_path, [], entries)
     assert [record.key for record in records] == ["1"]
@@ -131,22 +148,43 @@ def test_image_entries_that_point_nowhere_or_elsewhere_are_counted(tmp_path):
         "image_missing": 1,
         "image_outside_folder": 2,
         "size_mismatch": 1,
-        "row_unreadable": 1,
+        "row_unreadable": 3,
+        "image_repeated": 1,
     }
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not valid JSON"), ("[" * 100_000, "not valid JSON"), ("[]", "lacks one of"),
+    [("{", "not valid JSON"), ("[" * 100_000, "not valid JSON"), ("[]", "not valid JSON"),
+     ('{"images": [], "annotations": []}', "lacks the list categories"),
+     ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "lacks its id or name"),
      ('{"images": [], "annotations": [], "categories": [{}]}', "lacks its id")],
 )  # fmt: skip
 def test_a_file_that_is_no_coco_file_is_refused_by_name(tmp_path, text, message):
     path = tmp_path / "broken.json"
     path.write_text(text)
     with pytest.raises(DataError, match=f"broken.json.*{message}"):
-        next(read_coco(path, tmp_path, Dropped()))
+        opened(path, tmp_path)
 
 
 def test_what_the_user_named_must_be_there(tmp_path):
     with pytest.raises(DataError, match="gone.json does not exist"):
-        next(read_coco(tmp_path / "gone.json", tmp_path, Dropped()))
+        opened(tmp_path / "gone.json", tmp_path)
+    (tmp_path / "a.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    with pytest.raises(DataError, match="image folder .*nowhere does not exist"):
+        opened(tmp_path / "a.json", tmp_path / "nowhere")
+
+
+def test_several_folders_are_searched_in_their_order(tmp_path):
+    folders = [tmp_path / name for name in ("first", "second")]
+    for shade, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "both.jpg").write_bytes(jpeg((40 + shade, 30)))
+    (folders[1] / "late.jpg").write_bytes(jpeg((50, 30)))
+    images = [{"id": 1, "file_name": "both.jpg"}, {"id": 2, "file_name": "late.jpg"}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    options = PrepareConfig(
+        source="coco", annotations=(str(path),), images=tuple(map(str, folders))
+    )
+    assert [record.width for record in open_source(options).records(Dropped())] == [40, 50]

@@ -1,8 +1,9 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
-from glipv2.pipeline.negatives import Negatives, caption_text, detection_text
+from glipv2.pipeline.negatives import Categories, Negatives, caption_text, detection_text
 from glipv2.pipeline.records import Record, Region
 
 COLOURS, SHAPES = ("red", "blue", "green", "yellow"), ("square", "circle", "triangle")
@@ -34,13 +35,18 @@ def grounding(number):
     return record("grounding", caption, spans=((start, start + len(phrase)),), phrase=phrase)
 
 
+def categories(ids=None):
+    costs = tuple(len(name.split()) for name in CATEGORIES)
+    return Categories(
+        names=CATEGORIES, costs=costs, ids=tuple(ids or range(100, 100 + len(CATEGORIES)))
+    )
+
+
 def texts(count, budget=1000, settings=None, records=None):
     settings = settings or Negatives(max_categories=5, full_share=0.5, packing=1.0, max_captions=3)
     rng = np.random.default_rng(0)
-    costs = [len(name.split()) for name in CATEGORIES]
     return [
-        detection_text(detection(n % 7), CATEGORIES, costs, budget, settings, rng)
-        for n in range(count)
+        detection_text(detection(n % 7), categories(), budget, settings, rng) for n in range(count)
     ]
 
 
@@ -91,3 +97,29 @@ def test_a_packed_caption_keeps_its_spans_and_fits_the_budget():
             grounding(number), neighbours, lambda t: len(t.split()), 20, settings, rng
         )
         assert text.prompt.text.count("neighbour") <= 1
+
+
+def drawn(record, ids=None, count=60):
+    settings = Negatives(max_categories=99, full_share=1.0, packing=0.0, max_captions=0)
+    rng = np.random.default_rng(1)
+    texts = [detection_text(record, categories(ids), 1000, settings, rng) for _ in range(count)]
+    return texts, {category for text in texts for category in text.categories}
+
+
+def test_a_name_of_the_same_category_is_never_a_negative():
+    ids = [7 if number in (2, 5) else number + 20 for number in range(len(CATEGORIES))]
+    _, names = drawn(detection(2), ids)
+    assert names == set(range(len(CATEGORIES))) - {5}
+
+
+def test_a_crowd_is_neither_learned_nor_a_negative():
+    one, crowd = detection(3).regions[0], replace(detection(4).regions[0], crowd=True)
+    texts, names = drawn(replace(detection(3), regions=(crowd, one)))
+    assert names == set(range(len(CATEGORIES))) - {4}
+    assert all(text.phrase_of_region[0] is None for text in texts)
+    assert all(text.categories[text.phrase_of_region[1]] == 3 for text in texts)
+    alone = grounding(1)
+    alone = replace(alone, regions=(replace(alone.regions[0], crowd=True),))
+    settings = Negatives(max_categories=1, full_share=1.0, packing=0.0, max_captions=0)
+    text = caption_text(alone, [], len, 100, settings, np.random.default_rng(0))
+    assert text.phrase_of_region == [None]

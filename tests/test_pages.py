@@ -76,7 +76,7 @@ def test_markup_in_the_data_is_shown_and_never_obeyed(labelled_set):
     assert_self_contained(page)
     caption = page.all("p", class_="caption")[0]["text"]
     assert caption.replace("square1", "square").replace("circle2", "circle") == CAPTION
-    assert page.text.count(EVIL) == 5  # caption, provenance (2), legend, category list
+    assert page.text.count(EVIL) == 6  # caption, provenance (2), legend, categories, plot
     assert EVIL not in page.html
 
 
@@ -113,8 +113,9 @@ def test_pictures_are_shrunk_keep_their_shape_and_show_a_problem_when_broken():
 
 def empty_view(**changes):
     values = {
-        "name": "n", "url": "u", "total": "1", "facts": [], "plots": [], "scanned_note": "",
-        "categories": (), "skipped": [], "heading": "h", "sample_note": "", "cards": [], "ratio": 1,
+        "name": "n", "url": "u", "total": "1", "facts": [], "plots": [], "rankings": [],
+        "scanned_note": "", "categories": (), "skipped": [], "heading": "h", "sample_note": "",
+        "filters": [], "cards": [], "ratio": 1,
     }  # fmt: skip
     return {**values, **changes}
 

@@ -1,13 +1,16 @@
 import io
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from glipv2.data_prep.pairs import MAX_CAPTION, read_pairs
+from glipv2.data_prep.pairs import MAX_CAPTION, MAX_LINE
 from glipv2.data_prep.reasons import Dropped
+from glipv2.data_prep.sources import open_source
 from glipv2.data_prep.text_cleaning import clean_text
+from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.errors import DataError
 
 SAMPLES = Path(__file__).parents[1] / "infra" / "samples" / "web_pairs"
@@ -29,7 +32,8 @@ def folder(tmp_path):
 
 def read(root, **options):
     dropped = Dropped()
-    return list(read_pairs(root, dropped, **options)), dropped
+    source = open_source(PrepareConfig(source="pairs", root=str(root), **options))
+    return list(source.records(dropped)), dropped
 
 
 def test_json_lines_give_one_record_per_line_and_prefer_the_alt_text(folder):
@@ -108,6 +112,24 @@ def test_rows_of_another_width_or_encoding_are_counted(folder):
     records, dropped = read(folder)
     assert [record.caption for record in records] == ["a dog"]
     assert dropped == {"row_unreadable": 2}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_large_tables_are_read_in_flat_memory(folder, name):
+    line = '{"image": "one.jpg", "alt": "%s"}\n' if name == "a.jsonl" else "one.jpg,%s\n"
+    with open(folder / name, "w") as file:
+        file.write("" if name == "a.jsonl" else "image,alt\n")
+        for _ in range(2_000):
+            file.write(line % ("a dog " * 1_600))
+        file.write(line % ("x" * 5 * MAX_LINE))  # one line as long as a file
+    source = open_source(PrepareConfig(source="pairs", root=str(folder)))
+    dropped = Dropped()
+    tracemalloc.start()
+    rows = sum(1 for _ in source.rows(dropped))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert rows == 2_000 and dropped["row_unreadable"] >= 1
+    assert (folder / name).stat().st_size > 20e6 and peak < 8e6
 
 
 def test_the_web_sample_is_read_whole_and_says_who_made_it():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from glipv2.jobs.plots import Series, histogram, line_plot
+from glipv2.jobs.plots import Series, histogram, line_plot, ranking
 
 
 def test_a_line_passes_through_its_points():
@@ -29,9 +29,16 @@ def test_long_series_are_averaged_and_keep_their_mean_and_nan_is_left_out():
     assert line_plot("t", [Series(name="s", points=[])], "x") is None
 
 
-def test_a_histogram_counts_every_value_once():
-    plot = histogram("t", [0, 0, 1, 2, 2, 2, 9], "x", [-0.5, 0.5, 1.5, 2.5])
-    assert [bar.title.split(": ")[1] for bar in plot.bars] == ["2", "1", "4"]  # 9 joins the end
+def test_the_bars_of_a_histogram_are_as_high_as_its_counts():
+    plot = histogram("t", [2, 1, 4], "x", [-0.5, 0.5, 1.5, 2.5], 2)
+    assert [bar.title.split(": ")[1] for bar in plot.bars] == ["2", "1", "4"]
     heights = [bar.height for bar in plot.bars]
     assert heights[2] == pytest.approx(4 * heights[1], abs=0.3)
-    assert histogram("t", [], "x", [0, 1]) is None
+    assert plot.summary == "t: 7 values, median 2"
+    assert histogram("t", [0], "x", [0, 1], 0) is None
+
+
+def test_the_bars_of_a_ranking_are_shares_of_the_highest_count():
+    rank = ranking("t", [("a", 2000), ("b", 500)])
+    assert rank.rows == (("a", 100.0, "2,000"), ("b", 25.0, "500"))
+    assert ranking("t", []) is None

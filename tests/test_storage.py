@@ -8,8 +8,10 @@ from glipv2.pipeline import storage
 from glipv2.pipeline.errors import ConfigError, DataError
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def folder(request, tmp_path):
+    if request.param == "s3":
+        return request.getfixturevalue("s3_folder")
     return str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}"
 
 
@@ -19,6 +21,9 @@ def test_a_file_reads_back_whole_and_by_range(folder):
     assert storage.read_bytes(url) == b"0123456789"
     assert storage.read_bytes(url, 2, 5) == b"234"
     assert storage.read_bytes(url, 8, 50) == b"89"
+    assert storage.read_bytes(url, 10, 50) == b""
+    with storage.open_read(url) as file:
+        assert (file.read(3), file.read()) == (b"012", b"3456789")
     assert storage.size(url) == 10
     assert storage.exists(url)
 

@@ -7,7 +7,8 @@ from PIL import Image
 
 from glipv2.data_prep.boxes_cleaning import clean_box
 from glipv2.data_prep.reasons import Dropped
-from glipv2.data_prep.voc import read_voc, voc_categories
+from glipv2.data_prep.sources import open_source
+from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.errors import DataError
 
 BCCD = Path(__file__).parents[1] / "infra" / "samples" / "bccd"
@@ -31,6 +32,14 @@ def xml(*boxes, filename="", size=(40, 30), head=""):
     )
 
 
+def opened(annotations, images, **options):
+    return open_source(
+        PrepareConfig(
+            source="voc", annotations=(str(annotations),), images=(str(images),), **options
+        )
+    )
+
+
 def read(tmp_path, files, images, **options):
     (tmp_path / "xml").mkdir()
     (tmp_path / "img").mkdir()
@@ -39,7 +48,8 @@ def read(tmp_path, files, images, **options):
     for name, data in images.items():
         (tmp_path / "img" / name).write_bytes(data)
     dropped = Dropped()
-    return list(read_voc(tmp_path / "xml", tmp_path / "img", dropped, **options)), dropped
+    source = opened(tmp_path / "xml", tmp_path / "img", **options)
+    return list(source.records(dropped)), dropped
 
 
 def test_boxes_become_zero_based_with_exclusive_ends(tmp_path):
@@ -53,8 +63,9 @@ def test_boxes_become_zero_based_with_exclusive_ends(tmp_path):
 
 def test_all_of_bccd_is_read_with_its_published_counts():
     dropped = Dropped()
-    records = list(read_voc(BCCD / "Annotations", BCCD / "JPEGImages", dropped))
-    assert voc_categories(BCCD / "Annotations") == ("Platelets", "RBC", "WBC")
+    source = opened(BCCD / "Annotations", BCCD / "JPEGImages")
+    records = list(source.records(dropped))
+    assert source.categories == ("Platelets", "RBC", "WBC") and source.total == 120
     assert (len(records), sum(len(r.regions) for r in records)) == (120, 1870)
     assert not dropped
     assert records[0].regions[0].box == (259.0, 176.0, 491.0, 376.0)
@@ -68,10 +79,8 @@ def test_the_bccd_split_is_complete_and_shares_no_image():
     assert sorted(train + held_out) == sorted(p.stem for p in (BCCD / "Annotations").iterdir())
     pixels = [(BCCD / "JPEGImages" / f"{stem}.jpg").read_bytes() for stem in train + held_out]
     assert len(set(pixels)) == 120
-    records = list(
-        read_voc(BCCD / "Annotations", BCCD / "JPEGImages", Dropped(), stems=set(held_out))
-    )
-    assert [record.key for record in records] == held_out
+    source = opened(BCCD / "Annotations", BCCD / "JPEGImages", list=str(BCCD / "heldout.txt"))
+    assert [record.key for record in source.records(Dropped())] == held_out
 
 
 @pytest.mark.parametrize(
@@ -157,12 +166,12 @@ def test_the_image_is_found_by_stem_then_by_the_name_inside_but_never_outside(tm
     assert dropped == {"image_missing": 1, "no_boxes": 2}
 
 
-def test_names_outside_the_category_list_are_counted(tmp_path):
-    boxes = [("cat", 1, 1, 9, 9), ("dog", 1, 1, 9, 9)]
-    records, dropped = read(
-        tmp_path, {"one": xml(*boxes)}, {"one.jpg": image_bytes()}, categories=["dog"]
-    )
-    assert [region.category for region in records[0].regions] == [0]
+def test_a_list_takes_images_and_the_whole_folder_numbers_the_categories(tmp_path):
+    files = {"one": xml(("dog", 1, 1, 9, 9), ("", 1, 1, 9, 9)), "two": xml(("cat", 1, 1, 9, 9))}
+    (tmp_path / "list.txt").write_text("one 1\n")
+    images = {"one.jpg": image_bytes(), "two.jpg": image_bytes()}
+    records, dropped = read(tmp_path, files, images, list=str(tmp_path / "list.txt"))
+    assert [(r.key, [g.category for g in r.regions]) for r in records] == [("one", [1])]
     assert dropped == {"category_unknown": 1}
 
 
@@ -170,11 +179,12 @@ def test_what_the_user_named_must_be_there(tmp_path):
     folder = tmp_path / "xml"
     folder.mkdir()
     with pytest.raises(DataError, match="nowhere does not exist"):
-        next(read_voc(tmp_path / "nowhere", folder, Dropped()))
+        opened(tmp_path / "nowhere", folder)
     with pytest.raises(DataError, match="no .xml file to read in .*xml"):
-        next(read_voc(folder, folder, Dropped()))
+        opened(folder, folder)
     (folder / "one.xml").write_text(xml())
     with pytest.raises(DataError, match="image folder .*img does not exist"):
-        next(read_voc(folder, tmp_path / "img", Dropped()))
+        opened(folder, tmp_path / "img")
+    (tmp_path / "list.txt").write_text("two\n")
     with pytest.raises(DataError, match="first is two.xml"):
-        next(read_voc(folder, folder, Dropped(), stems={"two"}))
+        opened(folder, folder, list=str(tmp_path / "list.txt"))

@@ -1,0 +1,52 @@
+"""A function run on every shard of a set, here or on Ray actors, under one progress bar."""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
+
+from glipv2.pipeline.errors import ConfigError
+from glipv2.pipeline.progress import bar
+from glipv2.pipeline.ray_map import map_in_process, map_on_ray
+from glipv2.pipeline.shard_format import ShardSet
+
+Result = TypeVar("Result")
+SAMPLES_A_WORKER = 20_000
+"""For fewer a further process costs more than it saves: it takes seconds to start."""
+
+
+def add_workers_argument(parser: argparse.ArgumentParser) -> None:
+    """`--workers N`."""
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help=f"processes (default: one for every {SAMPLES_A_WORKER:,} samples, at most one a CPU)",
+    )
+
+
+def every_shard(
+    shard_set: ShardSet,
+    work: Callable[[ShardSet, int], Result],
+    text: str,
+    workers: int | None = None,
+) -> Iterator[tuple[int, Result]]:
+    """(shard number, work(set, shard number)) of each shard, in any order.
+
+    With one worker it runs in this process, else on Ray actors (RAY_ADDRESS names a cluster).
+    """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {workers}")
+    numbers = range(len(shard_set.shards))
+    enough = min(os.cpu_count() or 1, 1 + shard_set.samples // SAMPLES_A_WORKER)
+    count = min(workers or enough, len(numbers))
+    make = partial(partial, work, shard_set)  # called once an actor, it gives `work` of that set
+    results = map_on_ray(make, numbers, num_actors=count) if count > 1 else None
+    shown = bar(shard_set.samples, text, "samples")
+    try:
+        for number, result in results or map_in_process(make, numbers):
+            yield number, result
+            shown.update(shard_set.shards[number].samples)
+    finally:
+        shown.close()

@@ -1,0 +1,40 @@
+"""The object store of the tests: one SeaweedFS server a run, started for the first to need it."""
+
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import s3_server  # noqa: E402
+from fault_proxy import Proxy, proxy_to  # noqa: E402
+
+BUCKET = "glipv2-tests"
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The server itself, past the proxy."""
+    if problem := s3_server.why_not():
+        pytest.skip(problem)
+    with s3_server.running() as endpoint:
+        s3_server.plain_client(endpoint).call_s3("create_bucket", Bucket=BUCKET)
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def s3_proxy(s3_endpoint: str) -> Iterator[Proxy]:
+    """What stands in front of it and breaks requests on demand."""
+    with proxy_to(s3_endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def s3_folder(s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new folder behind the proxy, which breaks nothing yet; the environment points there."""
+    for name, value in s3_server.environment(s3_proxy.endpoint).items():
+        monkeypatch.setenv(name, value)
+    s3_proxy.set()
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"

@@ -86,15 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind in KINDS.items():
         source = sources.add_parser(name, help=kind.help, description=kind.help)
         for option in (*kind.needs, *kind.takes):
-            required = {"required": True} if option in kind.needs else {}
-            flag = "--" + option.replace("_", "-")
-            source.add_argument(flag, **required, **OPTIONS[option])
+            how = OPTIONS[option] | ({"required": True} if option in kind.needs else {})
+            source.add_argument("--" + option.replace("_", "-"), **how)
         rules = source.add_argument_group("leave out", "off by default; listed in OUT/dropped/")
         for rule, how in RULES.items():
             rules.add_argument("--" + rule.replace("_", "-"), **how)
         if name == "webdataset":
-            how = "no copy: write index and manifest beside the tars"
-            source.add_argument("--index-only", action="store_true", help=how)
+            in_place = "no copy: write index and manifest beside the tars"
+            source.add_argument("--index-only", action="store_true", help=in_place)
         needs_out = name != "webdataset"
         source.add_argument("--out", required=needs_out, metavar="URL", help="folder of the set")
         source.add_argument(

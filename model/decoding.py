@@ -82,7 +82,7 @@ def decode_image(
     if len(data) > max_bytes:
         raise ImageError("image_too_large", f"{len(data)} bytes, at most {max_bytes}")
     image, name = _open(data)
-    if name == "jpg" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+    if image.info.get("progressive") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
         raise ImageError("image_too_large", f"more than {MAX_JPEG_SCANS} progressive scans")
     _check_pixels(image, max_pixels)
     if name == "jpg" and image.mode in ("RGB", "L"):

@@ -53,7 +53,10 @@ class Loader:
     def batches(self, position: Position) -> Iterator[tuple[Batch, Position]]:
         """This rank's share of each global batch after `position`, and the position after it."""
         if self.data.workers:
-            prepared = batches_from_workers(self.stream, position, self.prepare, self.data.workers)
+            largest = 3 * max(self.data.short_sides) * self.data.long_side
+            prepared = batches_from_workers(
+                self.stream, position, self.prepare, self.data.workers, largest
+            )
         else:
             prepared = self.stream.batches(position, self.prepare)
         tokenizer = self.prepare.tokenizer

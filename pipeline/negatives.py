@@ -75,17 +75,19 @@ def detection_text(
     """Names of the record's categories and of absent ones, in random order.
 
     The text takes at most `budget` tokens. Present categories go first: only a budget too small
-    for them loses any.
+    for them loses any. Where annotators looked for some categories only (LVIS' federated labels),
+    only those that they did not find are negatives.
     """
     shown = {r.category for r in record.regions if r.category is not None}
-    present = sorted({r.category for r in record.regions if not r.crowd} & shown)
+    present = sorted(shown & {r.category for r in record.regions if not r.crowd})
     shown_ids = {categories.ids[c] for c in shown}  # a crowd's category is no negative either
-    absent = [c for c, shared in enumerate(categories.ids) if shared not in shown_ids]
+    verified = None if settings.fixed else record.provenance.get("neg_categories")
+    candidates = range(len(categories.ids)) if verified is None else _known(verified, categories)
+    absent = [c for c in candidates if categories.ids[c] not in shown_ids]
     names, costs = categories.names, categories.costs
     count = len(names) if settings.fixed else settings.draw_count(settings.max_categories, rng)
-    candidates = [*rng.permutation(present), *rng.permutation(absent)[:count]]
     chosen: list[int] = []
-    for category in map(int, candidates):
+    for category in map(int, [*rng.permutation(present), *rng.permutation(absent)[:count]]):
         cost = costs[category] + SEPARATOR_COST
         if cost - SEPARATOR_COST * (not chosen) <= budget:
             chosen.append(category)
@@ -105,6 +107,12 @@ def detection_text(
             span for c in present if c in phrase_of for span in prompt.spans[phrase_of[c]]
         ),
     )
+
+
+def _known(numbers: object, categories: Categories) -> list[int]:
+    """Those of a record's category numbers that there are."""
+    listed = numbers if isinstance(numbers, list) else []
+    return sorted({n for n in listed if type(n) is int and 0 <= n < len(categories.ids)})
 
 
 def caption_text(

@@ -3,7 +3,8 @@
 Two layers, both bounded. botocore sends a failed request again at once, REQUEST_TRIES times in
 all, so that one bad answer doesn't cost the hundred parts of a large file. `retried` repeats the
 whole operation with growing pauses until the store has failed for PATIENCE seconds. The layer that
-s3fs has between the two is switched off, else the three would multiply.
+s3fs has between the two is switched off, else the three would multiply. (aiohttp, below them all,
+repeats a request once whose kept connection was closed before an answer came.)
 """
 
 import asyncio

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
 sys.path.insert(0, str(Path(__file__).parent))
 import s3_server  # noqa: E402
@@ -22,6 +23,12 @@ def s3_endpoint() -> Iterator[str]:
     with s3_server.running() as endpoint:
         s3_server.plain_client(endpoint).call_s3("create_bucket", Bucket=BUCKET)
         yield endpoint
+
+
+@pytest.fixture
+def s3_bare(s3_endpoint: str) -> S3FileSystem:
+    """The store as it is, seen past our code and past the proxy."""
+    return s3_server.plain_client(s3_endpoint)
 
 
 @pytest.fixture(scope="session")

@@ -123,3 +123,9 @@ def test_a_crowd_is_neither_learned_nor_a_negative():
     settings = Negatives(max_categories=1, full_share=1.0, packing=0.0, max_captions=0)
     text = caption_text(alone, [], len, 100, settings, np.random.default_rng(0))
     assert text.phrase_of_region == [None]
+
+
+def test_of_federated_labels_only_what_was_looked_for_is_a_negative():
+    lvis = replace(detection(3), provenance={"neg_categories": [0, 8, 3, 99, "x"]})
+    assert drawn(lvis)[1] == {0, 3, 8}
+    assert drawn(replace(lvis, provenance={"neg_categories": []}))[1] == {3}

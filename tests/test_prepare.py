@@ -166,7 +166,8 @@ def test_mistakes_in_the_options_are_refused_before_any_work(tmp_path):
         instances["categories"] = [{"id": 1, "name": "cell"}, {"id": 2, "name": "cell"}]
         (tmp_path / "coco.json").write_text(json.dumps(instances))
         path = str(tmp_path / "coco.json")
-        prepare.prepare_set(url, PrepareConfig(source="coco", annotations=(path,), images=(url[:-4],)))
+        options = PrepareConfig(source="coco", annotations=(path,), images=(url[:-4],))
+        prepare.prepare_set(url, options)
     assert not (tmp_path / "set").exists()
 
 

@@ -50,7 +50,7 @@ test-all: setup
 	$(ON_CPU) .venv/bin/pytest -m "not gpu"
 
 bench: setup
-	$(ON_CPU) $(PY) infra/bench.py
+	$(ON_CPU) PYTHONPATH=tests $(PY) infra/bench.py
 
 clean:
 	rm -rf .venv .types runs build *.egg-info

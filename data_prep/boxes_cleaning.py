@@ -5,7 +5,9 @@
    nobody knows which corner is wrong.
 3. No area: dropped (`box_empty`).
 4. No area in common with the image: dropped (`box_outside`).
-5. Partly outside: clipped to the image and counted (`box_clipped`).
+5. Within the image's first pixel: dropped (`box_normalised`), as its numbers are shares of the
+   image and not pixels. In a source of shares, pixels come out far outside.
+6. Partly outside: clipped to the image and counted (`box_clipped`).
 """
 
 import math
@@ -57,4 +59,6 @@ def _judge(corners: Sequence[Any], width: int, height: int) -> tuple[str, Box | 
     clipped = (max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height)))
     if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
         return "box_outside", None
+    if max(x1, y1) <= 1 < min(width, height):
+        return "box_normalised", None
     return "" if clipped == (x0, y0, x1, y1) else "box_clipped", clipped

@@ -17,7 +17,7 @@ from glipv2.pipeline import storage
 from glipv2.pipeline.errors import DataError
 
 CHUNK = 1 << 20
-MAX_ITEM = 64 << 20
+MAX_ITEM = 16 << 20
 """Characters of one item; no annotation of one image is that long."""
 SPACE = re.compile(r"[ \t\r\n]*")
 NUMBER = re.compile(r"[-+.0-9eE]*")

@@ -4,8 +4,12 @@ Readers note into one `Dropped`; the closing table and dataset.json show the sam
 """
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
+MAX_NOTES = 10_000
+"""Places of one reason that are listed for a shard; what comes after them is only counted."""
+MAX_WHERE = 300
 Unit = Literal["sample", "box", "kept"]
 
 
@@ -52,6 +56,7 @@ REASONS: dict[str, Reason] = {
     "box_inverted": Reason("box", "right of box lies left of its left, or bottom above top"),
     "box_empty": Reason("box", "box without area"),
     "box_outside": Reason("box", "box lies wholly outside the image"),
+    "box_normalised": Reason("box", "box within the first pixel: shares of the image, not pixels"),
     "category_unknown": Reason("box", "category is missing or not in the list"),
     "category_rare": Reason("box", "category has fewer objects than asked for"),
     "phrase_empty": Reason("box", "no letters in the words that name the box"),
@@ -74,19 +79,37 @@ REASONS: dict[str, Reason] = {
 
 
 class Dropped(Counter[str]):
-    """How often each reason was met, and where."""
+    """How often each reason was met, and where; of bounded size, however much is noted."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[tuple[str, str]] = []
-        """(reason, where), one for each count."""
+    def __init__(
+        self, counts: Mapping[str, int] | None = None, notes: Iterable[tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(counts or {})
+        self.notes = list(notes)
+        """(reason, where), of each reason the first MAX_NOTES."""
+
+    def __reduce__(self) -> tuple[type["Dropped"], tuple[dict[str, int], list[tuple[str, str]]]]:
+        return Dropped, (dict(self), self.notes)
 
     def note(self, reason: str, where: str) -> None:
         """Count one of REASONS; `where` names the file or row for the user."""
         if reason not in REASONS:
             raise KeyError(f"{reason} is not among REASONS")
         self[reason] += 1
-        self.notes.append((reason, where))
+        if self[reason] <= MAX_NOTES:
+            self.notes.append((reason, where[:MAX_WHERE]))
+
+    def take(self) -> "Dropped":
+        """All that was noted, which is forgotten here."""
+        taken = Dropped(self, self.notes)
+        self.clear()
+        self.notes = []
+        return taken
+
+    @property
+    def unlisted(self) -> Counter[str]:
+        """How often each reason was met beyond what `notes` lists."""
+        return Counter(self) - Counter(reason for reason, _ in self.notes)
 
     @property
     def first(self) -> dict[str, str]:

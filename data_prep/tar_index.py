@@ -53,10 +53,10 @@ def _index_tar(root: str, caption_field: str, tar: tuple[str, int]) -> ShardInfo
             continue
         place = _image_of(row, record.image)
         start, end = _extent(row)
-        data = storage.read_bytes(storage.join(root, f"{name}.tar"), start, end)
+        crc32c = storage.crc32c(storage.read_bytes(storage.join(root, f"{name}.tar"), start, end))
         members = {record.image_format: [place.start - start, place.size]}
         document = record_members(record)["json"].decode()
-        index.append([record.key, start, end - start, storage.crc32c(data), members, document])
+        index.append([record.key, start, end - start, crc32c, members, document])
         totals["samples"] += 1
         tall += record.height > record.width
     note_dropped(root, name, dropped)

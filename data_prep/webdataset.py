@@ -37,6 +37,8 @@ from glipv2.pipeline.shard_format import TAR_BLOCK, padded, walk_tar
 IMAGE_KINDS = {suffix[1:] for suffix in (*FORMAT_OF_SUFFIX, *OTHER_SUFFIXES)}
 TEXT_KINDS = {"txt", "json"}
 PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
+MAX_SAMPLES = 1_000_000
+"""Of one tar: their keys are kept, to see that none comes twice."""
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 MAX_HEADER = 1 << 16
 """Bytes of an extra header, and of what is looked at behind the end mark."""
@@ -86,6 +88,9 @@ def tar_rows(folder: str, sizes: dict[str, int], dropped: Dropped) -> Iterator[R
         members = tar_members(storage.join(folder, tar), size, dropped)
         for key, group in groupby(members, key=lambda member: member.key):
             where = f"{clean_text(tar)}: {clean_text(key)}"
+            if len(seen) == MAX_SAMPLES:
+                dropped.note("tar_damaged", f"{where} is one more than {MAX_SAMPLES} samples")
+                break
             parts = list(islice(group, len(IMAGE_KINDS | TEXT_KINDS) + 1))
             kinds = [member.kind for member in parts]
             if key in seen or len(set(kinds)) < len(kinds):
@@ -114,7 +119,8 @@ def tar_members(url: str, size: int, dropped: Dropped) -> Iterator[Member]:
             for offset, member in walk_tar(file):
                 end = offset
                 if offset + TAR_BLOCK + member.size > size:
-                    raise tarfile.ReadError(f"{size} bytes are too few for its next member")
+                    needed = offset + TAR_BLOCK + member.size
+                    raise tarfile.ReadError(f"next member ends at {needed}, the tar at {size}")
                 if member.type in (*PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
                     renamed = _new_name(file, member) or renamed
                 else:
@@ -129,7 +135,9 @@ def tar_members(url: str, size: int, dropped: Dropped) -> Iterator[Member]:
                 why = "something follows its end mark" if rest else "it has no end mark"
                 raise tarfile.ReadError(why)
         except tarfile.TarError as error:
-            dropped.note("tar_damaged", f"{name} at byte {end}: {error}")
+            file.seek(end)
+            found = file.read(MAX_HEADER).lstrip(b"\0")[:12]
+            dropped.note("tar_damaged", f"{name} at byte {end}: {error}; found {found!r}")
 
 
 def _member(

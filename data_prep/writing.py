@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
 
     number: int
     rows: list[Row]
-    notes: list[tuple[str, str]]
+    dropped: Dropped
     """What was left out among these rows before they came to be rows."""
     repeated: dict[int, str] = {}  # noqa: RUF012 - never changed
     """Rows (by their place here) to leave out as duplicates, and the reason."""
@@ -44,11 +44,10 @@ def chunks(source: Source, size: int) -> Iterator[Chunk]:
     rows = source.rows(dropped)
     number = 0
     while taken := list(islice(rows, size)):
-        yield Chunk(number, taken, dropped.notes)
-        dropped.notes = []
+        yield Chunk(number, taken, dropped.take())
         number += 1
-    if dropped.notes:
-        yield Chunk(number, [], dropped.notes)
+    if dropped:
+        yield Chunk(number, [], dropped)
 
 
 def chunk_writer(url: str, record: ToRecord) -> Callable[[Chunk], ShardInfo]:
@@ -60,12 +59,10 @@ def write_chunk(url: str, record: ToRecord, chunk: Chunk) -> ShardInfo:
     """The chunk's shard, written unless it is committed already.
 
     Its stats say how many samples, boxes and phrases it has and what was dropped how often and
-    where first; every drop is a line in dropped/SHARD.jsonl, so none is final.
+    where first; drops are lines in dropped/SHARD.jsonl, so none is final.
     """
     name = shard_name(chunk.number)
-    dropped = Dropped()
-    for reason, where in chunk.notes:
-        dropped.note(reason, where)
+    dropped = Dropped(chunk.dropped, chunk.dropped.notes)
     stats: dict[str, Any] = {}
     return write_shard(url, name, _records(url, name, record, chunk, dropped, stats), stats)
 
@@ -105,7 +102,9 @@ def _records(
 def note_dropped(url: str, name: str, dropped: Dropped) -> None:
     """Keep the list of what was left out of a shard in dropped/SHARD.jsonl."""
     if dropped.notes:
-        lines = (json.dumps({"reason": reason, "where": where}) for reason, where in dropped.notes)
+        more = ((reason, f"and {count} more") for reason, count in dropped.unlisted.items())
+        notes = [*dropped.notes, *more]
+        lines = (json.dumps({"reason": reason, "where": where}) for reason, where in notes)
         text = "".join(f"{line}\n" for line in lines)
         storage.write_bytes(storage.join(url, "dropped", f"{name}.jsonl"), text.encode())
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 import webdataset
+from bench_damage import bench_damage
+from bench_data import bench_data
 from bench_measure import note, row, seconds
 from bench_model import bench_model
 from bench_parts import bench_attention, bench_deform, bench_losses
@@ -26,6 +28,8 @@ def main() -> None:
     bench_losses()
     bench_model()
     bench_shards()
+    bench_data()
+    bench_damage()
     bench_phrases()
 
 

@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import s3_server
 import simplejpeg
 import torch
 import webdataset
@@ -17,10 +19,11 @@ from bench_measure import note, row, seconds
 from PIL import Image
 
 from glipv2.model.images import resize, resized_size
+from glipv2.pipeline import storage
 from glipv2.pipeline.augment import View, picture
 from glipv2.pipeline.collate import Sample
 from glipv2.pipeline.records import Record, Region
-from glipv2.pipeline.shards import ShardSet, read_raw, write_shard_set
+from glipv2.pipeline.shards import ShardSet, open_shard_set, raw_samples, read_raw, write_shard_set
 from glipv2.pipeline.stream import Slot, Stream, StreamConfig
 from glipv2.pipeline.workers import batches_from_workers
 
@@ -35,7 +38,49 @@ def bench_data() -> None:
     with tempfile.TemporaryDirectory() as folder:
         shard_set = photographs(folder)
         bench_bytes(shard_set)
+        bench_memory(shard_set)
         bench_pictures(shard_set)
+        bench_store(shard_set)
+
+
+def bench_memory(shard_set: ShardSet) -> None:
+    """Resident memory of a process that reads records: late in 10^5 samples against early."""
+    config = StreamConfig(seed=0, global_batch=16, lanes=4)
+    stream = Stream({"photos": shard_set}, {"photos": 1.0}, config)
+    seen, at = 0, {}
+    for batch, _ in stream.batches(stream.start()):
+        seen += len(batch)
+        if seen in (10_000, 100_000):
+            at[seen] = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+        if seen == 100_000:
+            break
+    early, late = at.values()
+    note("resident memory after 10^4 and 10^5 samples", f"{early:9.0f} {late:9.0f} MiB")
+
+
+def bench_store(shard_set: ShardSet) -> None:
+    """Our pictures from a real S3 server on loopback, against the local disk."""
+    if reason := s3_server.why_not():
+        note("pictures from S3", f"not measured: {reason}")
+        return
+    with s3_server.running() as endpoint:
+        os.environ.update(s3_server.environment(endpoint))
+        s3_server.plain_client(endpoint).mkdir("bench")
+        copy_files(shard_set.url, "s3://bench/photos")
+        remote = open_shard_set("s3://bench/photos")
+        rates: dict[str, list[float]] = {"local": [], "s3": []}
+        for _ in range(5):
+            rates["local"].append(rate(lambda: ours_decoded(shard_set)))
+            rates["s3"].append(rate(lambda: ours_decoded(remote)))
+    local, store = (statistics.median(found) for found in rates.values())
+    note(f"pictures at {SHORT} px from S3, {WORKERS} processes",
+         f"{store:9.1f} /s   {store / local:6.2f} x the local disk")  # fmt: skip
+
+
+def copy_files(folder: str, url: str) -> None:
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            storage.upload(path, storage.join(url, str(path.relative_to(folder))))
 
 
 def photographs(url: str) -> ShardSet:
@@ -55,12 +100,12 @@ def photographs(url: str) -> ShardSet:
 
 
 def bench_bytes(shard_set: ShardSet) -> None:
-    """Every sample's members as bytes: ours from one ranged read a shard, each checked by crc."""
+    """Every sample's members as bytes; ours checks each against its crc."""
     tars = _tars(shard_set)
 
     def ours() -> int:
         numbers = range(len(shard_set.shards))
-        raws = (raw for n in numbers for raw in read_raw(shard_set, n, 0, PER_SHARD))
+        raws = (raw for n in numbers for raw in raw_samples(shard_set, n, 0, PER_SHARD))
         return sum(len(raw.members["jpg"]) for raw in raws)
 
     def peer() -> int:

@@ -211,7 +211,8 @@ def _complete(url: str, source: Source, shards: list[ShardInfo], plan: dict[str,
     """Write the manifest and say what was made."""
     info = {"plan": plan, "licence": source.licence, **source.info, **summed(shards)}
     if not info["totals"]["samples"]:
-        reasons = ", ".join(f"{number} {code}" for code, number in info["counts"].items())
+        counts, first = info["counts"], info["first"]
+        reasons = ", ".join(f"{number} {code}: {first[code]}" for code, number in counts.items())
         raise DataError(f"{url}: no usable sample in the source ({reasons or 'it is empty'})")
     filled = [shard for shard in shards if shard.samples]
     shard_set = write_manifest(url, filled, source.categories, info)

@@ -6,7 +6,9 @@ conversion.
 """
 
 import io
+import re
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
@@ -15,8 +17,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 MAX_PIXELS = 89_000_000
+MAX_COSTLY_PIXELS = 25_000_000
+"""Of all but JPEGs of one scan, which take 3 bytes a pixel: others take up to 19 while they are
+decoded, and a process should not need a GB."""
 MAX_BYTES = 64 * 2**20
 MAX_JPEG_SCANS = 100
+MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")
+"""Of JPEG, but those without a segment that may stand among a scan's data."""
+SCAN, END = 0xDA, 0xD9
+STRIP = 1 << 20
+"""Pixels that are made RGB at a time."""
 ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that exchange height and width."""
@@ -82,21 +92,24 @@ def decode_image(
     if len(data) > max_bytes:
         raise ImageError("image_too_large", f"{len(data)} bytes, at most {max_bytes}")
     image, name = _open(data)
-    if image.info.get("progressive") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+    fast = name == "jpg" and image.mode in ("RGB", "L")
+    large = image.width * image.height > MAX_COSTLY_PIXELS
+    scans = _scan_count(data) if image.info.get("progressive") or (fast and large) else 1
+    if scans > MAX_JPEG_SCANS:
         raise ImageError("image_too_large", f"more than {MAX_JPEG_SCANS} progressive scans")
-    _check_pixels(image, max_pixels)
-    if name == "jpg" and image.mode in ("RGB", "L"):
+    _check_pixels(image, max_pixels if fast and scans == 1 else min(max_pixels, MAX_COSTLY_PIXELS))
+    if fast:
         pixels_HW3 = _fast_jpeg(data, image, at_least)
         if pixels_HW3 is not None:
             return torch.from_numpy(pixels_HW3).permute(2, 0, 1)
-    return rgb_pixels(image, max_pixels)
+    return rgb_pixels(image, min(max_pixels, MAX_COSTLY_PIXELS))
 
 
 def rgb_pixels(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Tensor:
     """(3, H, W) uint8 RGB of a Pillow image of any mode, EXIF orientation applied."""
     _check_pixels(image, max_pixels)
     try:
-        rgb = np.array(_to_rgb(ImageOps.exif_transpose(image)))
+        rgb = np.concatenate([np.asarray(_to_rgb(strip)) for strip in _strips(image)])
     except UNDECODABLE as error:
         raise ImageError("image_undecodable", str(error)[:200]) from error
     return torch.from_numpy(rgb).permute(2, 0, 1)  # colours stay together: resizing is faster so
@@ -148,8 +161,24 @@ def _open(data: bytes) -> tuple[Image.Image, str]:
     return image, name
 
 
+def _scan_count(data: bytes) -> int:
+    """Scans of a JPEG, without those of a thumbnail in its header and of what is appended."""
+    place, scans = 0, 0
+    while (found := MARKER.search(data, place)) and found[1][0] != END:
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        scans += found[1][0] == SCAN
+    return scans
+
+
+def _strips(image: Image.Image) -> Iterator[Image.Image]:
+    """The image as it is to be seen, in strips from top to bottom: converting takes memory."""
+    image = ImageOps.exif_transpose(image)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip
         grey = np.asarray(image).astype(np.int64)
         return Image.fromarray((grey.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")

@@ -36,7 +36,7 @@ class Prompt:
 
 def clean_category(name: str) -> str:
     """GLIP's reading of data set names: `dining_table (wood)` becomes `dining table`."""
-    without_note = re.sub(r"\(.*?\)", " ", name)
+    without_note = re.sub(r"\([^()]*\)", " ", name)
     return re.sub(r"\s+", " ", without_note.replace("_", " ")).strip() or name
 
 

@@ -26,6 +26,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 EXTENSIONS = ("jpg", "png", "webp", "json")
 """Members of other kinds (pickles, say) are passed over: their bytes are never interpreted."""
 TAR_BLOCK = 512
+MAX_MEMBER = 1 << 50
+"""Bytes; a header that says more is broken, and no file can be sought that far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +105,20 @@ def walk_tar(file: BinaryIO) -> Iterator[tuple[int, tarfile.TarInfo]]:
     while (header := file.read(TAR_BLOCK)).strip(b"\0"):
         offset = file.tell() - len(header)
         member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        if member.size < 0:
+        if not 0 <= member.size <= MAX_MEMBER:
             raise tarfile.HeaderError(f"member of {member.size} bytes")
         yield offset, member
         file.seek(offset + TAR_BLOCK + padded(member.size))
 
 
-def walk_samples(file: BinaryIO) -> Iterator[tuple[str, int, int, dict[str, list[int]]]]:
-    """(key, offset, length, members) of each run of members with one stem; `members` as in
-    SampleEntry. The caller may move the file's position in between.
+def walk_samples(file: BinaryIO) -> Iterator[tuple[str, int, int, dict[str, tuple[int, int]]]]:
+    """(key, offset, length, members) of each run of members with one stem; `members` holds
+    (offset, size) as in SampleEntry. The caller may move the file's position in between.
 
     HeaderError for members that are no plain files, and for two of one name.
     """
     key, start, end = "", 0, 0
-    members: dict[str, list[int]] = {}
+    members: dict[str, tuple[int, int]] = {}
     for offset, member in walk_tar(file):
         stem, _, extension = member.name.partition(".")
         if stem != key:
@@ -126,7 +128,7 @@ def walk_samples(file: BinaryIO) -> Iterator[tuple[str, int, int, dict[str, list
         if not member.isreg() or extension in members:
             raise tarfile.HeaderError(f"member {member.name[:100]!r} is no plain file, or a second")
         if extension in EXTENSIONS:
-            members[extension] = [offset + TAR_BLOCK - start, member.size]
+            members[extension] = (offset + TAR_BLOCK - start, member.size)
         end = offset + TAR_BLOCK + padded(member.size)
     if key:
         yield key, start, end - start, members

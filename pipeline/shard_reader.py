@@ -1,5 +1,6 @@
 """Reading shard sets by index: the manifest says what exists, one ranged read fetches a slice."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
@@ -85,35 +86,73 @@ def read_raw(
     last: int,
     cache: RangeCache | None = None,
 ) -> list[RawSample]:
-    """Samples [first, last) of a shard from one ranged read, through the cache if there is one.
+    """Samples [first, last) of a shard; see `raw_samples`."""
+    return list(raw_samples(shard_set, shard_number, first, last, cache))
+
+
+def raw_samples(
+    shard_set: ShardSet,
+    shard_number: int,
+    first: int,
+    last: int,
+    cache: RangeCache | None = None,
+) -> Iterator[RawSample]:
+    """Samples [first, last) of a shard: one ranged read of an object store, through the cache if
+    there is one; one by one from a local disk, where large buffers cost more than calls.
 
     A sample whose bytes differ from its checksum comes as a RawSample with an error; a shard that
     ends too early is a DataError.
     """
     entries = read_index(shard_set, shard_number)[first:last]
     if not entries:
-        return []
+        return
+    shard, url = shard_set.shards[shard_number], shard_set.shard_url(shard_number)
+    if storage.is_local(url):
+        yield from _from_disk(entries, url, shard)
+        return
     start, end = entries[0].offset, entries[-1].offset + entries[-1].length
-    url = shard_set.shard_url(shard_number)
-    if cache is not None and not storage.is_local(url):
-        version = shard_set.shards[shard_number].crc32c
-        samples = _cut(entries, start, cache.read(url, start, end, version))
-        if len(samples) == len(entries) and not any(sample.error for sample in samples):
-            return samples
-        cache.forget(url, start, end, version)  # the store has the last word
+    if cache is not None:
+        data = cache.read(url, start, end, shard.crc32c)
+        samples = list(_cut(entries, data, start))
+        if len(data) == end - start and not any(sample.error for sample in samples):
+            yield from samples
+            return
+        cache.forget(url, start, end, shard.crc32c)  # the store has the last word
     data = storage.read_bytes(url, start, end)
-    if len(data) != end - start:
-        _check_size(url, shard_set.shards[shard_number].bytes, storage.size(url))
-        raise DataError(f"{url}: bytes {start} to {end} came back as {len(data)} bytes; try again")
-    return _cut(entries, start, data)
+    _check_length(url, shard, start, end, len(data))
+    yield from _cut(entries, data, start)
 
 
-def _cut(entries: Sequence[SampleEntry], start: int, data: bytes) -> list[RawSample]:
-    """The samples in bytes of their tar from `start` on."""
-    return [
-        _raw_sample(entry, data[entry.offset - start : entry.offset - start + entry.length])
-        for entry in entries
-    ]
+def _from_disk(entries: Sequence[SampleEntry], url: str, shard: ShardInfo) -> Iterator[RawSample]:
+    with storage.open_read(url) as file:
+        for entry in entries:
+            data = os.pread(file.fileno(), entry.length, entry.offset)
+            _check_length(url, shard, entry.offset, entry.offset + entry.length, len(data))
+            yield _raw_sample(entry, data)
+
+
+def _cut(entries: Sequence[SampleEntry], data: bytes, start: int) -> Iterator[RawSample]:
+    """The samples out of bytes of their tar from `start` on."""
+    for entry in entries:
+        begin = entry.offset - start
+        yield _raw_sample(entry, data[begin : begin + entry.length])
+
+
+def _raw_sample(entry: SampleEntry, data: bytes) -> RawSample:
+    found = storage.crc32c(data)
+    if found != entry.crc32c:
+        bad = BadSample("crc_mismatch", f"crc32c {found}, expected {entry.crc32c}")
+        return RawSample(key=entry.key, error=bad)
+    members = {name: data[start : start + size] for name, (start, size) in entry.members.items()}
+    if entry.document:
+        members["json"] = entry.document.encode()
+    return RawSample(key=entry.key, members=members)
+
+
+def _check_length(url: str, shard: ShardInfo, start: int, end: int, found: int) -> None:
+    if found != end - start:
+        _check_size(url, shard.bytes, storage.size(url))
+        raise DataError(f"{url}: bytes {start} to {end} came back as {found} bytes; try again")
 
 
 def iterate_records(
@@ -177,14 +216,3 @@ def _read_index(url: str, name: str, size: int, crc: str) -> tuple[SampleEntry, 
     return tuple(
         SampleEntry(**dict(zip(names, values, strict=False))) for values in record["index"]
     )
-
-
-def _raw_sample(entry: SampleEntry, data: bytes) -> RawSample:
-    found = storage.crc32c(data)
-    if found != entry.crc32c:
-        bad = BadSample("crc_mismatch", f"crc32c {found}, expected {entry.crc32c}")
-        return RawSample(key=entry.key, error=bad)
-    members = {name: data[start : start + size] for name, (start, size) in entry.members.items()}
-    if entry.document:
-        members["json"] = entry.document.encode()
-    return RawSample(key=entry.key, members=members)

@@ -69,8 +69,11 @@ def test_one_ranged_read_fetches_a_slice_of_a_shard(folder, monkeypatch):
     raws = shards.read_raw(shard_set, 0, 5, 8)
     assert [raw.key for raw in raws] == ["key0005", "key0006", "key0007"]
     assert [shards.parse_record(raw) for raw in raws] == records(8)[5:]
-    assert len(reads) == 1
-    assert reads[0][2] - reads[0][1] < storage.size(shard_set.shard_url(0)) / 3
+    if storage.is_local(folder):
+        assert reads == []  # one by one instead
+    else:
+        assert len(reads) == 1
+        assert reads[0][2] - reads[0][1] < storage.size(shard_set.shard_url(0)) / 3
 
 
 # ---- commits ----

@@ -84,7 +84,7 @@ def tar_rows(folder: str, sizes: dict[str, int], dropped: Dropped) -> Iterator[R
     """A row for each image with a text, from the headers of the tars."""
     number = 0
     for tar, size in sizes.items():
-        seen = set()
+        seen: set[str] = set()
         members = tar_members(storage.join(folder, tar), size, dropped)
         for key, group in groupby(members, key=lambda member: member.key):
             where = f"{clean_text(tar)}: {clean_text(key)}"
@@ -136,8 +136,8 @@ def tar_members(url: str, size: int, dropped: Dropped) -> Iterator[Member]:
                 raise tarfile.ReadError(why)
         except tarfile.TarError as error:
             file.seek(end)
-            found = file.read(MAX_HEADER).lstrip(b"\0")[:12]
-            dropped.note("tar_damaged", f"{name} at byte {end}: {error}; found {found!r}")
+            there = file.read(MAX_HEADER).lstrip(b"\0")[:12]
+            dropped.note("tar_damaged", f"{name} at byte {end}: {error}; found {there!r}")
 
 
 def _member(

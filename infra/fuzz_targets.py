@@ -6,6 +6,7 @@ import random
 import tarfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,11 +122,10 @@ def make_caption(rng: random.Random) -> bytes:
     """A caption, phrases as spans and as words, captions of neighbours."""
     caption = words(rng, rng.choice([5, 12, 60]))
     sides = [*range(len(caption))[:80], len(caption), len(caption) + 1, -1]
-    spans = [sorted(rng.choices(sides, k=2)) for _ in range(rng.randint(1, 8))]
+    spans = [sorted(rng.choices(sides, k=2)) for _ in range(8)]
     phrases = [
-        spans[: rng.randint(1, 3)] if rng.random() < 0.9 else value(rng)
+        rng.sample(spans, rng.randint(1, 3)) if rng.random() < 0.9 else value(rng)
         for _ in range(rng.choice([1, 2, 3, 4, 5, 6, 300]))
-        if not rng.shuffle(spans)  # type: ignore[func-returns-value]
     ]
     document = {
         "caption": caption,
@@ -214,9 +214,7 @@ def check_names(data: bytes) -> None:
     ]
     searched = document["searched"]
     provenance = {} if searched is None else {"neg_categories": searched}
-    settings = (
-        NEGATIVES if not document["fixed"] else Negatives(**{**vars(NEGATIVES), "fixed": True})
-    )
+    settings = replace(NEGATIVES, fixed=document["fixed"])
     made = detection_text(
         plain_record("detection", "", regions, provenance),
         categories, document["budget"], settings, np.random.default_rng(document["seed"]),

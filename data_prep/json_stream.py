@@ -17,8 +17,8 @@ from glipv2.pipeline import storage
 from glipv2.pipeline.errors import DataError
 
 CHUNK = 1 << 20
-MAX_ITEM = 16 << 20
-"""Characters of one item; no annotation of one image is that long."""
+MAX_ITEM = 8 << 20
+"""Characters of one item; a record could not hold the annotation of one image that is as long."""
 SPACE = re.compile(r"[ \t\r\n]*")
 NUMBER = re.compile(r"[-+.0-9eE]*")
 """What may go on after the part of a number that was read."""
@@ -99,7 +99,8 @@ class _Text:
         """Read on; False at the end of the file."""
         if self.ended:
             return False
-        data = self.file.read(max(CHUNK, len(self.buffer) - self.start))
+        unread = len(self.buffer) - self.start
+        data = self.file.read(max(CHUNK, min(3 * unread, MAX_ITEM - unread)))
         try:
             text = self.decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
@@ -154,7 +155,7 @@ class _Text:
                 error = ""
             except (ValueError, RecursionError) as failed:
                 error = str(failed)  # the exception itself would keep its buffer alive
-            if error and len(self.buffer) - self.start > MAX_ITEM:
+            if error and len(self.buffer) - self.start >= MAX_ITEM:
                 raise self.broken(error)
             if not self.more() and error:
                 raise self.broken(error)

@@ -66,7 +66,8 @@ def value(rng: random.Random, depth: int = 0) -> Any:
 
 
 def damaged_value(document: Any, rng: random.Random) -> Any:
-    """The document with some places replaced, removed or repeated."""
+    """The document with some places replaced, removed or repeated; one of them very often."""
+    repeats = [1, 2, 1500]
     for _ in range(rng.choice([0, 1, 1, 2, 5])):
         holders = list(_holders(document))
         if not holders:
@@ -79,7 +80,9 @@ def damaged_value(document: Any, rng: random.Random) -> Any:
         elif act < 0.85:
             del holder[place]
         elif isinstance(holder, list):
-            holder.extend([holder[place]] * rng.choice([1, 2, 1500]))
+            times = rng.choice(repeats)
+            holder.extend([holder[place]] * times)
+            repeats = [1, 2] if times > 2 else repeats
         else:
             holder[words(rng, 1)] = value(rng)
     return document

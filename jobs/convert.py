@@ -2,7 +2,9 @@
 
 import argparse
 import io
+import logging
 import pickle
+import zipfile
 from typing import Any
 
 from glipv2.pipeline import storage
@@ -15,6 +17,7 @@ from glipv2.pipeline.checkpoint import (
 from glipv2.pipeline.errors import ConfigError, DataError
 
 KINDS = ("glip", "timm-swin", "bert")
+log = logging.getLogger(__name__)
 INERT = "glip_inert.safetensors"
 """Tensors of a GLIP file that the model does not compute with, kept for the way back."""
 BERT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -46,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     sources = dict(arguments.sources)
     for kind in sources:
         _known(kind, KINDS)
+    if len(sources) < len(arguments.sources):
+        raise ConfigError("--from names one kind twice; give each once")
     if "glip" in sources and len(arguments.sources) > 1:
         raise ConfigError("--from glip is a whole model: give it alone")
     if "glip" in sources:
@@ -77,7 +82,7 @@ def from_glip_file(file: str, out: str, vocab: str | None, ema: bool) -> int:
         config = glip_config(tensors)
         model = build_model(config, seed=0)
         model.load_state_dict(from_glip(tensors, model.state_dict(), config))
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # IndexError: a tensor of too few dimensions
         raise DataError(f"{file}: {error}") from error
     files = model_files(model, _tokenizer(vocab, config.text_encoder))
     inert = {name: tensor.contiguous() for name, tensor in glip_inert(tensors).items()}
@@ -99,6 +104,11 @@ def to_glip_file(folder: str, out: str) -> int:
     url = resolve_checkpoint(folder)
     files = read_checkpoint(url)
     model, _ = model_from_files({name: files[name] for name in MODEL_FILES})
+    if not model.config.glip_compatible:
+        log.warning(
+            "%s was not trained with model.glip_compatible: GLIP's own code computes something "
+            "else with these weights", folder,
+        )  # fmt: skip
     try:
         tensors = to_glip(model.state_dict(), model.config)
     except ValueError as error:
@@ -144,13 +154,23 @@ def new_model(sources: dict[str, str], arguments: argparse.Namespace) -> int:
             weights |= swin_from_timm(read_tensors(source), weights)
         if "bert" in sources:
             source = sources["bert"]
-            vocab = vocab or storage.join(source, "vocab.txt")
             weights |= bert_from_transformers(_bert_tensors(source), weights)
+            vocab = vocab or _bert_vocab(source)
     except ValueError as error:
         raise DataError(f"{source}: {error}") from error
     model.load_state_dict(weights)
     write_folder(arguments.out, model_files(model, _tokenizer(vocab, config.text_encoder)), step=0)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _bert_vocab(folder: str) -> str:
+    url = storage.join(folder, "vocab.txt")
+    if not storage.exists(url):
+        raise DataError(
+            f"{url} doesn't exist: give the list of word pieces, one a line, with --vocab "
+            "(recent transformers write it into tokenizer.json only)"
+        )
+    return url
 
 
 def _bert_tensors(folder: str) -> dict[str, Any]:
@@ -166,8 +186,9 @@ def _glip_tensors(file: str, part: str) -> tuple[dict[str, Any], str]:
     """One part of a GLIP file without the prefix of its names, and that prefix."""
     stored = _unpickled(file)
     if part not in stored:
-        raise DataError(f"{file} has no {part!r}, only {', '.join(map(str, stored))}")
-    tensors = stored[part]
+        listed = ", ".join(map(str, list(stored)[:5])) + (" ..." if len(stored) > 5 else "")
+        raise DataError(f"{file} has no {part!r}, only {listed}: is it a file of GLIP's code?")
+    tensors = _named_tensors(file, stored[part])
     prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, prefix
 
@@ -179,24 +200,49 @@ def read_tensors(file: str) -> dict[str, Any]:
 
     if not file.endswith(".safetensors"):
         stored = _unpickled(file)
-        return stored.get("model", stored.get("state_dict", stored))
+        return _named_tensors(file, stored.get("model", stored.get("state_dict", stored)))
     try:
         return load(storage.read_bytes(file))
     except SafetensorError as error:
         raise DataError(f"{file} is damaged: {error}") from error
 
 
+BROKEN = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError,
+    TypeError, ValueError, zipfile.BadZipFile,
+)  # fmt: skip
+"""What torch.load is known to raise on files that are something else."""
+
+
+def _named_tensors(file: str, found: Any) -> dict[str, Any]:
+    import torch
+
+    items = found.items() if isinstance(found, dict) else [(None, found)]
+    for name, value in items:
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise DataError(f"{file} holds {type(value).__name__} {name!r} where a tensor is meant")
+    return dict(items)
+
+
 def _unpickled(file: str) -> dict[str, Any]:
+    """What a file of torch.save holds, as long as that is tensors, numbers and texts."""
     import torch
 
     data = storage.read_bytes(file)
     try:
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            damaged = zipfile.ZipFile(io.BytesIO(data)).testzip()
+            if damaged:
+                raise DataError(f"{file} is damaged (at {damaged}); fetch it again")
         stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        first = str(error).splitlines()[0]
+    except pickle.UnpicklingError as error:
         raise DataError(
-            f"{file} holds more than tensors, or is damaged, and is not opened: {first}"
+            f"{file} is no file of torch.save, or holds more than tensors, numbers and texts; what "
+            "could run code is not opened. If you trust it, save its tensors alone with torch.save"
         ) from error
+    except BROKEN as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{file} is no file of torch.save, or damaged: {said}") from error
     if not isinstance(stored, dict):
         raise DataError(f"{file} holds a {type(stored).__name__}, not a dictionary of tensors")
     return stored
@@ -209,7 +255,10 @@ def _tokenizer(vocab: str | None, text_encoder: Any) -> Any:
         raise ConfigError(
             "--vocab is missing: the vocab.txt that the text encoder was trained with"
         )
-    lines = storage.read_bytes(vocab).decode("utf-8").splitlines()
+    try:
+        lines = storage.read_bytes(vocab).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{vocab} is not UTF-8 text: {error}") from error
     if len(lines) != text_encoder.vocab_size:
         raise DataError(
             f"{vocab} has {len(lines)} entries, the text encoder {text_encoder.vocab_size}"

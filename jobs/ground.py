@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if not 0 <= arguments.threshold <= 1:
+        raise ConfigError(f"--threshold must be between 0 and 1, not {arguments.threshold}")
     images = [read(path) for path in arguments.image]
     try:
         grounder = load(arguments.checkpoint)

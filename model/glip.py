@@ -1,5 +1,7 @@
 """GLIPv2 assembled: encoders, pyramid, fusion tower, heads; losses for training, outputs to use."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -99,7 +101,7 @@ class GLIPv2(nn.Module):
         self.prompt_table = nn.Parameter(table) if config.prompt_rows else None
 
     @classmethod
-    def from_pretrained(cls, url: str) -> "GLIPv2":
+    def from_pretrained(cls, url: "str | Path") -> "GLIPv2":
         """The model of an exchange folder (path or URL); `weights.from_pretrained` without the
         tokenizer."""
         from glipv2.model.weights import from_pretrained  # which builds models itself

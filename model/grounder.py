@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -70,13 +71,13 @@ class Grounder:
     @classmethod
     def load(
         cls,
-        folder_or_url: str,
+        folder_or_url: str | Path,
         device: torch.device | str = "cpu",
         precision: Literal["float32", "bfloat16"] = "float32",
     ) -> "Grounder":
         """The model of a folder with model.safetensors, config.json and vocab.txt.
 
-        ValueError if the folder lacks one of them; bfloat16 is for GPUs.
+        ValueError if the folder lacks one of them or one is damaged; bfloat16 is for GPUs.
         """
         model, tokenizer = from_pretrained(folder_or_url)
         return cls(model.to(device, getattr(torch, precision)), tokenizer)
@@ -170,13 +171,14 @@ class Grounder:
 
         ValueError if the model has no captioning head.
         """
+        count = image_count(images)
         captions: dict[int, tuple[str, float]] = {}
         for batch in self._encoded(images, batch_size):
             written = generate(
                 self.model, self.tokenizer, batch.pyramid, beams, max_words, length_penalty
             )
             captions.update(zip(batch.numbers, written, strict=True))
-        return [captions[number] for number in range(image_count(images))]
+        return [captions[number] for number in range(count)]
 
     def _encoded(self, images: Images, batch_size: int) -> Iterator[EncodedImages]:
         pictures = read_pictures(images, self.model.config.input)

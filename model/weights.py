@@ -1,8 +1,10 @@
 """A model as a folder of files, and back."""
 
 import json
+from pathlib import Path
 
 import fsspec
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from glipv2.model.config import config_from_dict, config_to_dict
@@ -31,7 +33,10 @@ def model_from_files(files: dict[str, bytes]) -> tuple[GLIPv2, Tokenizer]:
     missing = [name for name in (WEIGHTS, CONFIG, VOCABULARY) if name not in files]
     if missing:
         raise ValueError(f"not a saved model: {', '.join(missing)} missing")
-    config = config_from_dict(json.loads(files[CONFIG]))
+    try:
+        config = config_from_dict(json.loads(files[CONFIG]))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{CONFIG} is not that of a model: {error}") from error
     model = build_model(config, seed=0)
     load_weights(model, files[WEIGHTS])
     tokenizer = Tokenizer.from_vocab(
@@ -40,11 +45,12 @@ def model_from_files(files: dict[str, bytes]) -> tuple[GLIPv2, Tokenizer]:
     return model, tokenizer
 
 
-def from_pretrained(url: str) -> tuple[GLIPv2, Tokenizer]:
+def from_pretrained(url: str | Path) -> tuple[GLIPv2, Tokenizer]:
     """Model and tokenizer of a folder, given as a path or as a URL that fsspec knows.
 
-    ValueError names what the folder lacks or which parameters differ.
+    ValueError names what the folder lacks, what is damaged or which parameters differ.
     """
+    url = str(url)
     scheme_of(url)
     filesystem, folder = fsspec.url_to_fs(url)
     names = (WEIGHTS, CONFIG, VOCABULARY)
@@ -57,7 +63,10 @@ def from_pretrained(url: str) -> tuple[GLIPv2, Tokenizer]:
 
 def load_weights(model: GLIPv2, data: bytes) -> None:
     """Fill a model from the bytes of a safetensors file; names and shapes must match exactly."""
-    tensors = load(data)
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS} is damaged: {error}; copy the folder again") from error
     expected = model.state_dict()
     wrong = sorted(
         name

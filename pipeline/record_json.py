@@ -1,13 +1,12 @@
 """A record as tar members and back; the reading side believes nothing it has not checked."""
 
 import json
-import math
 from typing import Any
 
 from glipv2.pipeline.errors import BadSample
 from glipv2.pipeline.images import image_format, image_size
 from glipv2.pipeline.records import TASKS, Box, Question, Record, Region, Span
-from glipv2.pipeline.shard_format import KEY, RawSample
+from glipv2.pipeline.shard_format import KEY, RawSample, finite, refuse_constant
 from glipv2.pipeline.storage import canonical_json
 
 MAX_JSON_BYTES = 8 * 2**20
@@ -110,8 +109,8 @@ def _load_json(members: Any) -> dict[str, Any]:
     try:
         document = json.loads(
             members["json"].decode("utf-8"),
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
+            parse_constant=refuse_constant,
+            parse_float=finite,
             object_pairs_hook=_unique_fields,
         )
     except (ValueError, RecursionError) as error:
@@ -119,17 +118,6 @@ def _load_json(members: Any) -> dict[str, Any]:
     if not isinstance(document, dict) or set(document) - TASK_FIELDS != RECORD_FIELDS:
         raise BadSample("json_schema", f"fields must be {sorted(RECORD_FIELDS)}")
     return document
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is too large")
-    return value
 
 
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

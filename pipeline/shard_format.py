@@ -9,6 +9,7 @@ A shard exists once its commit record does; a set exists once dataset.json does.
 """
 
 import json
+import math
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -153,7 +154,8 @@ def manifest_content(
 def load_json(url: str, what: str) -> dict[str, Any]:
     """A JSON object of ours, or DataError naming the file."""
     try:
-        value = json.loads(storage.read_bytes(url).decode(), parse_constant=_refuse)
+        text = storage.read_bytes(url).decode()
+        value = json.loads(text, parse_constant=refuse_constant, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{url} is no {what}: {error}") from error
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
@@ -162,5 +164,14 @@ def load_json(url: str, what: str) -> dict[str, Any]:
     return value
 
 
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is no JSON number")
+def refuse_constant(name: str) -> float:
+    """For `json.loads`, which would take NaN and Infinity."""
+    raise ValueError(f"{name} is no JSON number")
+
+
+def finite(text: str) -> float:
+    """For `json.loads`, which would make 1e999 infinite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large")
+    return value

@@ -40,10 +40,10 @@ def open_shard_set(url: str) -> ShardSet:
         shards = tuple(ShardInfo(**shard) for shard in manifest["shards"])
         categories = tuple(str(name) for name in manifest["categories"])
         content = manifest_content(shards, categories, manifest["info"])
-        stated = manifest["digest"]
-    except (KeyError, TypeError) as error:
+        stated, found = manifest["digest"], storage.digest(content)
+    except (KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{where} is no shard set manifest: {error!r}") from error
-    if set(manifest) != {*content, "digest"} or storage.digest(content) != stated:
+    if set(manifest) != {*content, "digest"} or found != stated:
         raise DataError(
             f"{where} was altered after it was written (its digest {stated!r} doesn't fit); "
             "restore it or make the shard set again"

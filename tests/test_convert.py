@@ -86,6 +86,41 @@ def test_a_pickle_that_would_run_code_is_not_opened(
     assert not Path("trapped").exists()
 
 
+DAMAGED = {
+    "text": b"no weights at all\n",
+    "empty": b"",
+    "half": None,
+    "a flipped byte": None,
+    "a list": [torch.zeros(2)],
+    "a list of weights": {"model": [torch.zeros(2)]},
+    "nothing": {"model": None},
+    "names that are none": {"model": {3: torch.zeros(2)}},
+    "other values": {"model": {"x": "y"}},
+    "another model": {"model": {"x": torch.zeros(2)}},
+    "no dimensions": {"model": {"rpn.head.centerness.weight": torch.zeros(())}},
+}
+
+
+@pytest.mark.parametrize("kind", ["glip", "timm-swin"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_files_that_hold_no_weights_are_refused_by_name(
+    damage: str, kind: str, vocab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, content = tmp_path / "weights.pth", DAMAGED[damage]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content or {"model": {"x": torch.ones(5000)}}, path)
+    if content is None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data[: len(data) // 2] if damage == "half" else data)
+    words = ["--vocab", str(vocab), "--preset", "tiny", "--out", str(tmp_path / "out")]
+    assert main(["convert", "--from", kind, str(path), *words]) == 2
+    assert str(path) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_encoders_from_elsewhere_start_a_model(tmp_path: Path) -> None:
     torch.manual_seed(3)
     bert = BertModel(bert_config(TINY.text_encoder), add_pooling_layer=False)
@@ -114,6 +149,7 @@ def test_encoders_from_elsewhere_start_a_model(tmp_path: Path) -> None:
         (["--from", "bert", "nowhere", "--preset", "XL"], "unknown model preset"),
         (["--from", "bert", "nowhere", "--preset", "tiny"], "holds neither model.safetensors"),
         (["--from", "glip", "nowhere.pth"], "nowhere.pth"),
+        (["--from", "bert", "a", "--from", "bert", "b"], "names one kind twice"),
     ],
 )
 def test_mistakes_are_explained(

@@ -50,7 +50,7 @@ CHECKLIST = {
         "test_model_grounder.py::test_any_batch_size_gives_the_same_boxes",
     ],
     "12 masks": [
-        "test_model_mask_head.py::test_a_phrase_gets_the_mean_of_its_tokens_logits",
+        "test_model_mask_network.py::test_a_phrase_gets_the_mean_of_its_tokens_logits",
         "test_model_mask_head.py::test_pasting_equals_a_loop_over_pixels",
     ],
     "13 captions": [

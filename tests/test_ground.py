@@ -66,3 +66,11 @@ def test_questions_are_answered_and_missing_heads_named(
     assert [line.split()[1] in ("yes", "no") for line in lines] == [True, True]
     assert ground(folder, "--caption") == 2
     assert "no head for captions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threshold", [2, -1, "nan"])
+def test_a_threshold_that_is_no_probability_is_refused(
+    folder: Path, threshold: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ground(folder, "--text", "a square", "--threshold", threshold) == 2
+    assert "--threshold must be between 0 and 1" in capsys.readouterr().err

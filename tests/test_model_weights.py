@@ -39,3 +39,12 @@ def test_weights_of_another_shape_are_refused_by_name(files: dict[str, bytes]) -
     config["contrast_width"] = 16
     with pytest.raises(ValueError, match=r"contrast_head\.project_region\.bias"):
         model_from_files({**files, "config.json": json.dumps(config).encode()})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("model.safetensors", b"x"), ("config.json", b"{"), ("config.json", b"[]")],
+)
+def test_a_damaged_file_is_named(files: dict[str, bytes], name: str, content: bytes) -> None:
+    with pytest.raises(ValueError, match=name):
+        model_from_files({**files, name: content})

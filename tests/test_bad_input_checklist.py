@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 DATA = "test_bad_input_data.py"
+TEXT = "test_bad_input_text.py"
 WEB = "test_webdataset.py"
 JSON = "test_record_json.py"
 DAMAGED_TAR = f"{WEB}::test_a_damaged_tar_is_read_up_to_the_place_that_is_named"
@@ -20,13 +21,13 @@ PAIRED = f"{DATA}::test_a_sample_is_never_paired_across_tars_or_with_what_is_not
 PICTURE = f"{DATA}::test_a_picture_is_read_or_refused_in_time"
 COLOURS = f"{DATA}::test_photoshops_jpeg_and_the_first_frame_have_the_right_colours"
 LARGEST = f"{DATA}::test_the_largest_pictures_are_prepared_within_a_gb"
-BOXES = f"{DATA}::test_every_kind_of_box_is_kept_clipped_or_dropped_by_rule"
+BOXES = f"{TEXT}::test_every_kind_of_box_is_kept_clipped_or_dropped_by_rule"
 BOX_RULE = "test_voc.py::test_the_written_box_rule"
 ANY_BOXES = "test_model_bad_input.py::test_any_boxes_train"
-CAPTIONS = f"{DATA}::test_every_kind_of_caption_is_cleaned_cut_or_dropped"
-SPANS = f"{DATA}::test_spans_off_by_one_past_the_end_and_overlapping"
+CAPTIONS = f"{TEXT}::test_every_kind_of_caption_is_cleaned_cut_or_dropped"
+SPANS = f"{TEXT}::test_spans_off_by_one_past_the_end_and_overlapping"
 DESCRIPTION = f"{JSON}::test_a_broken_description_is_a_bad_sample_with_its_reason"
-ODD_JSON = f"{DATA}::test_odd_json_beside_an_image_costs_only_its_sample"
+ODD_JSON = f"{TEXT}::test_odd_json_beside_an_image_costs_only_its_sample"
 REFUSED = f"{WEB}::test_members_that_can_not_be_used_are_counted_and_never_read"
 LYING_SIZE = f"{WEB}::test_a_size_that_is_a_lie_ends_the_tar"
 FORMATS = "test_images.py::test_other_formats_are_refused_by_their_first_bytes"
@@ -123,7 +124,7 @@ CHECKLIST = {
         "right to left, emoji with joiners": [CAPTIONS],
         "only punctuation": [CAPTIONS],
         "300 phrases": [
-            f"{DATA}::test_of_300_phrases_only_those_in_the_text_keep_their_boxes",
+            f"{TEXT}::test_of_300_phrases_only_those_in_the_text_keep_their_boxes",
             "test_loader.py::test_a_box_whose_words_were_cut_off_is_dropped",
         ],
         "span off by one": [SPANS],
@@ -144,8 +145,8 @@ CHECKLIST = {
             "test_coco.py::test_a_file_that_is_no_coco_file_is_refused_by_name",
         ],
         "100 MB": [
-            f"{DATA}::test_a_record_of_100_mb_is_refused_unread",
-            f"{DATA}::test_an_annotation_without_end_is_given_up_within_a_gb",
+            f"{TEXT}::test_a_record_of_100_mb_is_refused_unread",
+            f"{TEXT}::test_an_annotation_without_end_is_given_up_within_a_gb",
             "test_json_stream.py::test_a_file_of_60_mb_is_read_in_flat_memory",
         ],
         "wrong types": [DESCRIPTION, ODD_JSON],
@@ -178,15 +179,15 @@ CHECKLIST = {
         "edited": [
             "test_shards.py::test_an_edited_manifest_is_refused",
             "test_check.py::test_a_damaged_manifest_is_a_problem_in_the_list",
-            f"{DATA}::test_a_manifest_that_json_can_not_hold_is_refused",
+            f"{TEXT}::test_a_manifest_that_json_can_not_hold_is_refused",
         ],
         "stale": [
-            f"{DATA}::test_a_manifest_of_another_set_or_an_older_one_is_refused",
+            f"{TEXT}::test_a_manifest_of_another_set_or_an_older_one_is_refused",
             "test_tar_index.py::test_a_changed_tar_is_noticed",
             "test_prepare.py::test_a_changed_source_is_noticed",
         ],
         "of another set": [
-            f"{DATA}::test_a_manifest_of_another_set_or_an_older_one_is_refused",
+            f"{TEXT}::test_a_manifest_of_another_set_or_an_older_one_is_refused",
             "test_stream.py::test_a_position_of_another_sequence_is_refused_and_the_change_is_named",
         ],
     },

@@ -50,7 +50,7 @@ test-all: setup
 	$(ON_CPU) .venv/bin/pytest -m "not gpu"
 
 bench: setup
-	$(ON_CPU) PYTHONPATH=tests $(PY) infra/bench.py
+	$(ON_CPU) PYTHONPATH=tests $(PY) infra/bench.py $(if $(FLICKR30K),--flickr30k $(FLICKR30K))
 
 clean:
 	rm -rf .venv .types runs build *.egg-info

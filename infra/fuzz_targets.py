@@ -40,7 +40,7 @@ TOKENIZER = Tokenizer.from_vocab(tiny_vocab(), 64)
 UNCUT = Tokenizer.from_vocab(tiny_vocab(), 10**6)
 BUDGET = TOKENIZER.max_tokens - 2
 IMAGE = png((32, 24))
-NEGATIVES = Negatives(max_categories=8, full_share=0.5, packing=0.7, max_captions=3)
+NEGATIVES = Negatives(max_categories=8, full_share=0.5, packing=0.7, max_captions=3, pack_gold=True)
 
 
 class Target(NamedTuple):

@@ -31,6 +31,7 @@ EXAMPLES = {
   glipv2 prepare coco --annotations instances.json --images images/ --out data/mine
   glipv2 prepare voc --annotations Annotations/ --images JPEGImages/ --out data/mine
   glipv2 prepare pairs --root scraped/ --out s3://bucket/pairs
+  glipv2 prepare answers data/vqa_train data/vqa_val --out data/answers.txt
   glipv2 prepare recipe infra/recipes/quickstart.yaml
 Cut off, the same command goes on; what was dropped and why ends up in OUT/dataset.json.""",
     "view": """
@@ -52,7 +53,7 @@ Each problem is a line: file, sample, byte, reason -> what to do. Exit code 1 if
 A run goes on from its newest committed checkpoint, on any number of ranks.""",
     "label": """
   glipv2 label infra/recipes/quickstart.yaml
-  glipv2 label my.yaml label.teacher=runs/mine label.num_actors=16 --address auto
+  glipv2 label my.yaml label.teacher=runs/mine 'label.num_actors=[4,16]' --address auto
 Shards that are committed are never redone; other settings need another output set.""",
     "evaluate": """
   glipv2 evaluate infra/recipes/quickstart.yaml

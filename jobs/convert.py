@@ -2,18 +2,14 @@
 
 import argparse
 import io
+import json
 import logging
 import pickle
 import zipfile
 from typing import Any
 
 from glipv2.pipeline import storage
-from glipv2.pipeline.checkpoint import (
-    MODEL_FILES,
-    read_checkpoint,
-    resolve_checkpoint,
-    write_folder,
-)
+from glipv2.pipeline.checkpoint import read_model, resolve_checkpoint, write_folder
 from glipv2.pipeline.errors import ConfigError, DataError
 
 KINDS = ("glip", "timm-swin", "bert")
@@ -21,28 +17,40 @@ log = logging.getLogger(__name__)
 INERT = "glip_inert.safetensors"
 """Tensors of a GLIP file that the model does not compute with, kept for the way back."""
 BERT_FILES = ("model.safetensors", "pytorch_model.bin")
+GOES_WITH = {
+    "vocab": KINDS,
+    "preset": ("timm-swin", "bert"),
+    "seed": ("timm-swin", "bert"),
+    "ema": ("glip",),
+}
+"""Option -> the kinds of --from that it is about."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument(
         "--from", dest="sources", nargs=2, action="append", metavar=("KIND", "FILE"),
-        help="glip FILE.pth; or timm-swin FILE and bert FOLDER, one or both, to start a training",
+        help="glip FILE.pth; or timm-swin FILE (timm's or Microsoft's) and bert FOLDER, one or "
+        "both, to start a training",
     )  # fmt: skip
     way.add_argument(
-        "--to", nargs=2, metavar=("KIND", "FOLDER"), help="glip FOLDER: write it as GLIP's file"
-    )
+        "--to", nargs=2, metavar=("KIND", "FOLDER"),
+        help="glip FOLDER: write a run's newest model, a step or a model folder as GLIP's file",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, help="folder to write; with --to the .pth file")
     parser.add_argument("--vocab", help="vocab.txt of the text encoder; a bert folder has its own")
-    parser.add_argument("--preset", default="T", help="size of a new model (default T)")
-    parser.add_argument("--seed", type=int, default=0, help="of what a new model draws at random")
-    parser.add_argument("--ema", action="store_true", help="glip: the averaged weights, model_ema")
+    parser.add_argument("--preset", help="size of a new model (default T)")
+    parser.add_argument("--seed", type=int, help="of what a new model draws at random (default 0)")
+    parser.add_argument(
+        "--ema", action="store_true", default=None, help="glip: the averaged weights, model_ema"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.to:
         kind, folder = arguments.to
         _known(kind, ("glip",))
+        _refuse_idle(arguments, [])
         count = to_glip_file(folder, arguments.out)
         print(f"{count} tensors -> {arguments.out}")  # noqa: T201
         return 0
@@ -53,8 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--from names one kind twice; give each once")
     if "glip" in sources and len(arguments.sources) > 1:
         raise ConfigError("--from glip is a whole model: give it alone")
+    _refuse_idle(arguments, list(sources))
     if "glip" in sources:
-        count = from_glip_file(sources["glip"], arguments.out, arguments.vocab, arguments.ema)
+        ema = bool(arguments.ema)
+        count = from_glip_file(sources["glip"], arguments.out, arguments.vocab, ema)
     else:
         count = new_model(sources, arguments)
     print(f"{count} parameters -> {arguments.out}")  # noqa: T201
@@ -66,14 +76,24 @@ def _known(kind: str, kinds: tuple[str, ...]) -> None:
         raise ConfigError(f"unknown kind {kind!r}; known: {', '.join(kinds)}")
 
 
+def _refuse_idle(arguments: argparse.Namespace, kinds: list[str]) -> None:
+    """ConfigError for an option that is about none of the kinds that --from names."""
+    for option, own in GOES_WITH.items():
+        if getattr(arguments, option) is not None and not set(own) & set(kinds):
+            instead = f"--from {' and '.join(kinds)}" if kinds else "--to glip"
+            raise ConfigError(
+                f"--{option} goes with --from {' or '.join(own)}; it means nothing for {instead}"
+            )
+
+
 def from_glip_file(file: str, out: str, vocab: str | None, ema: bool) -> int:
     """Write a checkpoint of the original code as a model folder; returns the parameters' number.
 
-    DataError lists every tensor that is missing, unexpected or of another shape.
+    DataError counts and names tensors that are missing, unexpected or of another shape.
     """
     from safetensors.torch import save
 
-    from glipv2.model.convert import from_glip, glip_config, glip_inert
+    from glipv2.model.convert import from_glip, glip_config, glip_dtypes, glip_inert
     from glipv2.model.glip import build_model
     from glipv2.model.weights import model_files
 
@@ -82,11 +102,12 @@ def from_glip_file(file: str, out: str, vocab: str | None, ema: bool) -> int:
         config = glip_config(tensors)
         model = build_model(config, seed=0)
         model.load_state_dict(from_glip(tensors, model.state_dict(), config))
+        dtypes = glip_dtypes(tensors, model.state_dict(), config)
     except (ValueError, IndexError) as error:  # IndexError: a tensor of too few dimensions
         raise DataError(f"{file}: {error}") from error
     files = model_files(model, _tokenizer(vocab, config.text_encoder))
     inert = {name: tensor.contiguous() for name, tensor in glip_inert(tensors).items()}
-    files[INERT] = save(inert, metadata={"prefix": prefix})
+    files[INERT] = save(inert, metadata={"prefix": prefix, "dtypes": json.dumps(dtypes)})
     write_folder(out, files, step=0)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -102,18 +123,20 @@ def to_glip_file(folder: str, out: str) -> int:
     from glipv2.model.weights import model_from_files
 
     url = resolve_checkpoint(folder)
-    files = read_checkpoint(url)
-    model, _ = model_from_files({name: files[name] for name in MODEL_FILES})
+    files = read_model(url, INERT)
+    try:
+        model, _ = model_from_files(files)
+        inert, prefix, dtypes = _stored_inert(files.get(INERT))
+        tensors = to_glip(model.state_dict(), model.config, dtypes)
+    except ValueError as error:
+        raise DataError(f"{url}: {error}") from error
     if not model.config.glip_compatible:
         log.warning(
             "%s was not trained with model.glip_compatible: GLIP's own code computes something "
             "else with these weights", folder,
         )  # fmt: skip
-    try:
-        tensors = to_glip(model.state_dict(), model.config)
-    except ValueError as error:
-        raise DataError(f"{folder}: {error}") from error
-    inert, prefix = _stored_inert(files) if INERT in files else (glip_inert_zeros(model.config), "")
+    if INERT not in files:
+        inert = glip_inert_zeros(model.config)
     named = {
         prefix + name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in (tensors | inert).items()
@@ -124,14 +147,14 @@ def to_glip_file(folder: str, out: str) -> int:
     return len(named)
 
 
-def _stored_inert(files: dict[str, bytes]) -> tuple[dict[str, Any], str]:
-    """The inert tensors of the GLIP file that a folder was made from, and its names' prefix."""
-    import json
-
+def _stored_inert(data: bytes | None) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """Of the GLIP file that a folder was made from: inert tensors, its names' prefix, and types."""
     from safetensors.torch import load
 
-    header = files[INERT][8 : 8 + int.from_bytes(files[INERT][:8], "little")]
-    return load(files[INERT]), json.loads(header)["__metadata__"]["prefix"]
+    if data is None:
+        return {}, "", {}
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    return load(data), header["prefix"], json.loads(header.get("dtypes", "{}"))
 
 
 def new_model(sources: dict[str, str], arguments: argparse.Namespace) -> int:
@@ -142,10 +165,10 @@ def new_model(sources: dict[str, str], arguments: argparse.Namespace) -> int:
     from glipv2.model.weights import model_files
 
     try:
-        config = preset(arguments.preset)
+        config = preset(arguments.preset or "T")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    model = build_model(config, arguments.seed)
+    model = build_model(config, arguments.seed or 0)
     weights = model.state_dict()
     vocab = arguments.vocab
     try:
@@ -183,11 +206,22 @@ def _bert_tensors(folder: str) -> dict[str, Any]:
 
 
 def _glip_tensors(file: str, part: str) -> tuple[dict[str, Any], str]:
-    """One part of a GLIP file without the prefix of its names, and that prefix."""
+    """One part of a GLIP file without the prefix of its names, and that prefix.
+
+    A file that is nothing but tensors by name is the part `model`.
+    """
+    import torch
+
     stored = _unpickled(file)
+    bare = all(isinstance(value, torch.Tensor) for value in stored.values())
+    if bare and part == "model":
+        stored = {part: stored}
     if part not in stored:
         listed = ", ".join(map(str, list(stored)[:5])) + (" ..." if len(stored) > 5 else "")
-        raise DataError(f"{file} has no {part!r}, only {listed}: is it a file of GLIP's code?")
+        raise DataError(
+            f"{file} has no {part!r}, only {listed}: "
+            + ("do without --ema" if part != "model" else "is it a file of GLIP's code?")
+        )
     tensors = _named_tensors(file, stored[part])
     prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, prefix

@@ -18,6 +18,7 @@ from glipv2.pipeline.config import EvalConfig, RunConfig
 from glipv2.pipeline.config_loader import as_tree
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.records import Record
+from glipv2.pipeline.rounds import rounds_of
 
 Found = dict[tuple[str, str], dict[str, Any]]
 """(model, protocol) -> record key -> Detection."""
@@ -57,8 +58,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def all_models(config: RunConfig) -> dict[str, str]:
-    """What the main job scores: every phase of the recipe, and random weights."""
-    return {**{phase: config.run_url(phase) for phase in config.phases}, RANDOM: RANDOM}
+    """What the main job scores: every phase of the recipe, and random weights.
+
+    Without the students of rounds that came to nothing.
+    """
+    from glipv2.pipeline.checkpoint import committed_steps
+
+    later = rounds_of(config)[1:]
+    phases = {phase: config.run_url(phase) for phase in config.phases}
+    trained = {p: url for p, url in phases.items() if p not in later or committed_steps(url)}
+    return {**trained, RANDOM: RANDOM}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,15 +340,14 @@ def _examples(
 
 def cache_key(config: RunConfig, checkpoint: str) -> str:
     """Digest of everything that decides the metrics of a checkpoint and the curve of a run."""
-    from glipv2.pipeline.checkpoint import COMMIT, resolve_checkpoint
+    from glipv2.pipeline.checkpoint import resolve_checkpoint, weights_identity
     from glipv2.pipeline.shard_reader import open_shard_set
 
     if checkpoint == RANDOM:
         identity: Any = [as_tree(config.model), config.seed]
     else:
         urls = [resolve_checkpoint(checkpoint), *_kept_steps(checkpoint).values()]
-        commits = [storage.read_json(storage.join(url, COMMIT)) for url in urls]
-        identity = [[c["step"], c["files"]["model.safetensors"]] for c in commits]
+        identity = [weights_identity(url) for url in urls]
     settings = config.eval
     names = (settings.detection, settings.real_detection)
     digests = [name and open_shard_set(config.set_url(name)).digest for name in names]

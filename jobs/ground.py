@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from glipv2.model.grounder import Grounder
 
 COLOURS = ("#e6194b", "#0082c8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
+THRESHOLD = 0.5
 ONE_NAME = 0.6
 """Of boxes of a text's phrases that overlap more than this only the best is shown."""
 MASK_OPACITY = 110
@@ -33,18 +34,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold",
         type=float,
-        default=0.5,
         help="lowest score shown, 0 to 1 (default 0.5); a phrase for something absent scores low",
     )
-    parser.add_argument("--masks", action="store_true", help="also find each object's outline")
     parser.add_argument(
-        "--out", default="ground", help="writes OUT.json and OUT.png, or OUT-1.png, OUT-2.png, ..."
+        "--masks", action="store_true", default=None, help="also find each object's outline"
+    )
+    parser.add_argument(
+        "--out", help="writes OUT.json and OUT.png, or OUT-1.png, OUT-2.png, ... (default ground)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if not 0 <= arguments.threshold <= 1:
-        raise ConfigError(f"--threshold must be between 0 and 1, not {arguments.threshold}")
+    threshold = THRESHOLD if arguments.threshold is None else arguments.threshold
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"--threshold must be between 0 and 1, not {threshold}")
+    if arguments.question is not None or arguments.caption:
+        for option in ("threshold", "masks", "out"):
+            if getattr(arguments, option) is not None:
+                raise ConfigError(
+                    f"--{option} is about boxes: it goes with --text or --categories, not with "
+                    + ("--caption" if arguments.caption else "--question")
+                )
     images = [read(path) for path in arguments.image]
     try:
         grounder = load(arguments.checkpoint)
@@ -59,17 +69,18 @@ def run(arguments: argparse.Namespace) -> int:
             images,
             text=arguments.text,
             categories=arguments.categories,
-            threshold=arguments.threshold,
-            masks=arguments.masks,
+            threshold=threshold,
+            masks=bool(arguments.masks),
         )
     except ValueError as error:  # no model, or a head that it lacks
         raise ConfigError(f"{arguments.checkpoint}: {error}") from error
     asked = arguments.text or arguments.categories
-    return _write(arguments.out, arguments.image, images, asked, found)
+    return _write(arguments.out or "ground", arguments.image, images, asked, found)
 
 
 def read(path: str) -> "Tensor":
     """The image's pixels, EXIF orientation applied."""
+    from glipv2.model.image_input import unusable
     from glipv2.pipeline.images import decode_image
 
     if not storage.exists(path):
@@ -77,22 +88,16 @@ def read(path: str) -> "Tensor":
     try:
         return decode_image(storage.read_bytes(path))
     except BadSample as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {unusable(error.reason, error.detail)}") from error
 
 
 def load(checkpoint: str) -> "Grounder":
-    """A checkpoint, a run's newest one, or a folder that holds nothing but a model."""
+    """The model that a checkpoint argument means, on this machine's device."""
     from glipv2.model.grounder import Grounder
-    from glipv2.model.weights import model_from_files
-    from glipv2.pipeline.checkpoint import COMMIT, MODEL_FILES, load_model
+    from glipv2.pipeline.checkpoint import load_model
     from glipv2.pipeline.dist import local_device
 
-    files = set(storage.list_names(checkpoint))
-    if COMMIT not in files and files >= set(MODEL_FILES):
-        contents = {n: storage.read_bytes(storage.join(checkpoint, n)) for n in MODEL_FILES}
-        model, tokenizer = model_from_files(contents)
-    else:
-        model, tokenizer = load_model(checkpoint)
+    model, tokenizer = load_model(checkpoint)
     return Grounder(model.to(local_device()), tokenizer)
 
 

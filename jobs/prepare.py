@@ -6,7 +6,7 @@ Run again with the same settings it reuses what is there; cut off, it goes on.
 import argparse
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from functools import partial
@@ -29,10 +29,13 @@ from glipv2.data_prep.writing import (
     summed,
     without_repeated,
 )
+from glipv2.jobs.every_shard import every_shard
 from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage, use_cluster
+from glipv2.jobs.survey import records_of
 from glipv2.pipeline import storage
+from glipv2.pipeline.answers import agreed_answer, write_answers
 from glipv2.pipeline.config import CleanConfig, PrepareConfig, RunConfig
-from glipv2.pipeline.errors import ConfigError, DataError
+from glipv2.pipeline.errors import BadSample, ConfigError, DataError
 from glipv2.pipeline.progress import bar
 from glipv2.pipeline.ray_map import map_in_process, map_on_ray
 from glipv2.pipeline.shard_format import MANIFEST
@@ -107,6 +110,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     same = "names of one category (tv,television); may be repeated"
     vocabulary.add_argument("--same", action="append", default=[], metavar="NAME,NAME", help=same)
     vocabulary.add_argument("--out", required=True, metavar="URL", help="the file to write")
+    answers = sources.add_parser(
+        "answers", help="the answers that several questions share, for model.answers"
+    )
+    answers.add_argument("shards", nargs="+", metavar="SHARDS", help="sets of questions")
+    least = "questions that must agree on an answer (default 9)"
+    answers.add_argument("--least", type=int, default=9, metavar="N", help=least)
+    answers.add_argument("--out", required=True, metavar="URL", help="the file to write")
     add_recipe_arguments(sources.add_parser("recipe", help="all sets of a recipe, under data.root"))
 
 
@@ -124,6 +134,9 @@ def run(arguments: argparse.Namespace) -> int:
         write_vocabulary(arguments.out, ids)
         number = len(set(ids.values()))
         print(f"{arguments.out}: {len(ids)} names of {number} categories")  # noqa: T201
+        return 0
+    if arguments.source == "answers":
+        list_answers(arguments.shards, arguments.least, arguments.out)
         return 0
     use_cluster(arguments.address)
     if arguments.source == "webdataset" and bool(arguments.out) == arguments.index_only:
@@ -143,6 +156,36 @@ def _given(arguments: argparse.Namespace, config: type) -> dict[str, Any]:
     values = {field.name: getattr(arguments, field.name, None) for field in fields(config)}
     given = {name: value for name, value in values.items() if value is not None}
     return {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+
+
+def list_answers(urls: Iterable[str], least: int, out: str) -> None:
+    """Write the answers that people agree on for at least `least` questions, frequent ones first.
+
+    With 9 and the training and validation sets of VQAv2 it is the usual list (facts E.5).
+    """
+    counts: Counter[str] = Counter()
+    for shard_set in map(open_shard_set, urls):
+        check_shard_sizes(shard_set)
+        for _, found in every_shard(shard_set, agreed_answers, "read"):
+            counts.update(found)
+    answers = sorted(counts, key=lambda answer: (-counts[answer], answer))
+    chosen = [answer for answer in answers if counts[answer] >= least]
+    if not chosen:
+        most = f"at most {counts[answers[0]]}" if answers else "no"
+        raise DataError(f"{most} questions agree on an answer; choose other sets or --least")
+    write_answers(out, chosen)
+    share = sum(counts[answer] for answer in chosen) / counts.total()
+    print(  # noqa: T201 - the answer of the command
+        f"{out}: {len(chosen)} answers, which {share:.1%} of {counts.total()} questions agree on"
+    )
+
+
+def agreed_answers(shard_set: ShardSet, number: int) -> Counter[str]:
+    """How many questions of a shard people answer so, by the answer that most of them give."""
+    records = records_of(shard_set, number, 0, shard_set.shards[number].samples)
+    questions = (q for r in records if not isinstance(r, BadSample) for q in r.questions)
+    agreed = (agreed_answer(question.answers) for question in questions)
+    return Counter(answer for answer in agreed if answer is not None)
 
 
 def prepare_recipe(config: RunConfig) -> None:

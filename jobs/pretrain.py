@@ -89,7 +89,7 @@ def check_same_run(config: RunConfig) -> None:
         )
     old, new = _decisive(yaml.safe_load(storage.read_bytes(url))), _decisive(as_tree(config))
     changed = [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        f"{key}: {_shown(old.get(key))} there, {_shown(new.get(key))} now"
         for key in sorted({*old, *new})
         if old.get(key) != new.get(key)
     ]
@@ -98,6 +98,11 @@ def check_same_run(config: RunConfig) -> None:
             f"{config.run_dir} was begun with other settings:\n  " + "\n  ".join(changed) +
             "\ngive those again to go on with it, or choose another run_dir"
         )  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."  # thousands of answers, say
 
 
 def _decisive(tree: dict[str, Any]) -> dict[str, Any]:
@@ -118,12 +123,15 @@ def check_mixture(config: RunConfig) -> None:
     from glipv2.pipeline.checkpoint import resolve_checkpoint
     from glipv2.pipeline.loader import lane_count
     from glipv2.pipeline.shard_reader import check_shard_sizes, open_shard_set
+    from glipv2.pipeline.tasks import mixture_task
 
     lane_count(config.data, config.train.global_batch, config.train.processes)
     if config.train.init:
         resolve_checkpoint(config.run_url(config.train.init))
-    for name in config.data.mixture:
-        check_shard_sizes(open_shard_set(config.set_url(name)))
+    sets = {name: open_shard_set(config.set_url(name)) for name in config.data.mixture}
+    for shard_set in sets.values():
+        check_shard_sizes(shard_set)
+    mixture_task(sets, config.model.answers, config.model.captions)
 
 
 def train(config: RunConfig) -> None:
@@ -224,6 +232,8 @@ def _build_loader(config: RunConfig, tokenizer: Any) -> Any:
         seed=config.seed,
         on_bad=Quarantine(storage.join(config.run_dir, "quarantine.jsonl")),
         masks=config.model.masks,
+        answers=config.model.answers,
+        captions=config.model.captions,
     )
 
 

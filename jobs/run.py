@@ -6,12 +6,16 @@ resumes the whole job; each stage is also a command of its own, with the same re
 """
 
 import argparse
+import logging
 from typing import Any
 
 from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage, use_cluster
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import ConfigError
+from glipv2.pipeline.rounds import rounds_of
+
+log = logging.getLogger(__name__)
 
 NEEDED_PHASES = ("teacher", "student", "control")
 
@@ -50,16 +54,42 @@ def main_job(config: RunConfig, phases: dict[str, RunConfig]) -> dict[str, Any]:
         pretrain(phases["teacher"])
     with stage(run_dir, "label"):
         label(config)
-    for phase in phases:
+    stopped = False
+    for phase, own in phases.items():
+        if phase in rounds_of(config)[1:]:
+            stopped = stopped or not _labels_get_better(config, phases, phase)
+            if stopped:
+                continue
+            with stage(run_dir, f"label_{phase}"):
+                label(own)
         if phase != "teacher":
             with stage(run_dir, phase):
-                pretrain(phases[phase])
+                pretrain(own)
     with stage(run_dir, "evaluate"):
         evaluate(config, all_models(config))
     with stage(run_dir, "report"):
         summarise(config)
         write_report(run_dir)
     return summarise(config)  # now with the seconds of the report itself
+
+
+def _labels_get_better(config: RunConfig, phases: dict[str, RunConfig], phase: str) -> bool:
+    """Whether the labels of this round on the gold set are better than those of the round before.
+
+    Adds both to RUN/rounds.json.
+    """
+    from glipv2.jobs.label_plan import gold_quality
+
+    rounds = rounds_of(config)[: rounds_of(config).index(phase) + 1]
+    judged = {name: gold_quality(config if name == rounds[0] else phases[name]) for name in rounds}
+    storage.write_json(storage.join(config.run_dir, "rounds.json"), judged)
+    *_, before, now = (quality["f1"] for quality in judged.values())
+    if now <= before:
+        log.warning(
+            "no round %d: its teacher's labels on the gold set have F1 %.4f, those before had %.4f",
+            len(rounds), now, before,
+        )  # fmt: skip
+    return now > before
 
 
 def _check(config: RunConfig) -> None:

@@ -9,6 +9,7 @@ from glipv2.jobs.stages import stage_seconds
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.config_loader import dump_config
+from glipv2.pipeline.rounds import round_name
 
 TOY_METRICS = (
     "caption_seen_ap50",
@@ -41,11 +42,12 @@ def summarise(config: RunConfig) -> dict[str, Any]:
         if found[phase]
     }
     summary["labels"] = _label_quality(config)
+    summary["rounds"] = _rounds(config)
     summary["real_set"] = real
     for key in real_metrics:
         if key in found[RANDOM]:
             summary[f"random_weights_{key}"] = round(found[RANDOM][key], 4)
-    others = [phase for phase in config.phases if phase != "teacher"]
+    others = [s for p in config.phases if p != "teacher" for s in (f"label_{p}", p)]
     stages = ["prepare", "teacher", "label", *others, "evaluate", "report"]
     summary["seconds"] = stage_seconds(config.run_dir, stages)
     storage.write_json(storage.join(config.run_dir, "summary.json"), summary)
@@ -58,22 +60,42 @@ def summarise(config: RunConfig) -> dict[str, Any]:
 
 
 def _label_quality(config: RunConfig) -> dict[str, Any]:
-    """Quality of the labelled sets whose truth is known (one set in the quickstart)."""
-    from glipv2.eval.labels import score_labels
-    from glipv2.pipeline.shard_format import MANIFEST
-    from glipv2.pipeline.shard_reader import iterate_records
-
-    quality: dict[str, Any] = {}
-    for labelled, truth in config.eval.label_truth.items():
-        if storage.exists(storage.join(config.set_url(labelled), MANIFEST)):
-            scored = score_labels(
-                iterate_records(config.set_url(labelled)), iterate_records(config.set_url(truth))
-            )
-            quality = dataclasses.asdict(scored)
+    """Quality of the first round's labels, of the set whose truth is known."""
+    first = list(config.label.inputs.values())
+    judged = (_judged(config, name) for name in config.eval.label_truth if name in first)
+    quality: dict[str, Any] = next(filter(None, judged), {})
     url = storage.join(config.run_dir, "labels", "threshold.json")
     if storage.exists(url):
         quality["threshold"] = storage.read_json(url)["threshold"]
     return quality
+
+
+def _judged(config: RunConfig, labelled: str) -> dict[str, Any]:
+    """A labelled set against its truth; empty where the set is not there yet."""
+    from glipv2.eval.labels import score_labels
+    from glipv2.pipeline.shard_format import MANIFEST
+    from glipv2.pipeline.shard_reader import iterate_records
+
+    url, truth = config.set_url(labelled), config.set_url(config.eval.label_truth[labelled])
+    if not storage.exists(storage.join(url, MANIFEST)):
+        return {}
+    return dataclasses.asdict(score_labels(iterate_records(url), iterate_records(truth)))
+
+
+def _rounds(config: RunConfig) -> list[dict[str, Any]]:
+    """Of each round: its student, what its teacher's labels were worth on the gold set and, where
+    the truth is known, on the pairs."""
+    url = storage.join(config.run_dir, "rounds.json")
+    if not storage.exists(url):
+        return []
+    rounds = []
+    for number, (student, gold) in enumerate(storage.read_json(url).items(), start=1):
+        own = [round_name(name, number) for name in config.label.inputs.values()]
+        judged = (_judged(config, name) for name in own if name in config.eval.label_truth)
+        found = next(filter(None, judged), {})
+        labels = {key: found[key] for key in ("precision_at_50", "recall_at_50") if found}
+        rounds.append({"student": student, "gold": gold, "labels": labels})
+    return rounds
 
 
 def _quarantined(config: RunConfig) -> Iterator[bytes]:
@@ -100,6 +122,12 @@ def summary_table(summary: dict[str, Any]) -> str:
         lines.append(
             f"pseudo labels: precision {labels['precision_at_50']:.3f}, recall "
             f"{labels['recall_at_50']:.3f}, {labels['kept']} boxes kept on {labels['pairs']} pairs"
+        )
+    for number, found in enumerate(summary["rounds"], start=1):
+        gold = found["gold"]
+        lines.append(
+            f"round {number}: labels on gold: precision {gold['precision']:.3f}, recall "
+            f"{gold['recall']:.3f}, F1 {gold['f1']:.3f}"
         )
     real = f"{summary['real_set']}_ap50"
     if f"random_weights_{real}" in summary:

@@ -1,6 +1,7 @@
 """What of a model is trained for a new task, and what of another model it starts from."""
 
 import dataclasses
+import json
 from typing import Any
 
 from glipv2.model.config import ModelConfig, Tune
@@ -48,11 +49,19 @@ def adopt(model: GLIPv2, source: GLIPv2) -> list[str]:
     """Copy into `model` what it has in common with `source`.
 
     Returns the optional parts that keep their own start, because `source` lacks them or has them
-    for something else. ValueError names the fields in which the models must agree and don't.
+    for something else. ValueError names the settings in which the models must agree and don't, with
+    both values, and what to set.
     """
     different = _differences(model.config, source.config)
     if different:
-        raise ValueError(f"the models differ in {', '.join(different)}")
+        said = ", ".join(
+            f"{key} is {here} here and {there} there" for key, here, there in different
+        )
+        cure = " ".join(f"{key}={there}" for key, _, there in different)
+        raise ValueError(
+            f"the models differ: {said}. Set {cure}, which the weights were trained with, or start "
+            "from others"
+        )
     mine, theirs = model.state_dict(), source.state_dict()
     new = [part for part in OPTIONAL_PARTS if not _shared(part, model, source)]
     common = {name: theirs[name] for name in mine if name.split(".")[0] not in new}
@@ -70,7 +79,8 @@ def _shared(part: str, model: GLIPv2, source: GLIPv2) -> bool:
     return bool(shapes[0]) and shapes[0] == shapes[1]
 
 
-def _differences(config: ModelConfig, other: ModelConfig) -> list[str]:
+def _differences(config: ModelConfig, other: ModelConfig) -> list[tuple[str, str, str]]:
+    """Key of the recipe, value here and value there, both as a recipe has them."""
     found = []
     for section, free in _FREE.items():
         mine, theirs = (dataclasses.asdict(c) for c in (config, other))
@@ -78,10 +88,14 @@ def _differences(config: ModelConfig, other: ModelConfig) -> list[str]:
             mine, theirs = mine[section], theirs[section]
         prefix = f"model.{section}." if section else "model."
         found += [
-            f"{prefix}{field} ({theirs[field]!r} there, {mine[field]!r} here)"
+            (f"{prefix}{field}", _as_yaml(mine[field]), _as_yaml(theirs[field]))
             for field in mine
             if mine[field] != theirs[field]
             and field not in free
             and not isinstance(mine[field], dict)
         ]
     return found
+
+
+def _as_yaml(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))

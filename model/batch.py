@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+BatchTask = Literal["grounding", "vqa", "captioning"]
 NO_CATEGORY = -10
 """Category id of boxes that come from captions: they never propagate between images."""
 NO_WORD = -1
@@ -49,7 +50,7 @@ class Batch:
     masks_BNSS: Tensor | None = None
     """uint8 0 or 1, what of each box belongs to its object, resized to S x S; None without masks.
     A box whose mask is unknown holds UNKNOWN_MASK. All ranks have masks or none has."""
-    task: Literal["grounding", "vqa", "captioning"] = "grounding"
+    task: BatchTask = "grounding"
     """What the whole batch, on every rank, is for: vqa texts are questions, captioning texts are
     to be predicted word by word; both have no boxes."""
     answers_BV: Tensor | None = None

@@ -115,7 +115,8 @@ class ModelConfig:
     mask_depth: int = 1
     """How often each hourglass halves its map; the region map's side is a multiple of 2**depth."""
     answers: tuple[str, ...] = ()
-    """The answers that the question answering head knows; empty means there is no such head."""
+    """The answers that the question answering head knows; empty means there is no such head. A
+    recipe may name the file of `glipv2 prepare answers` instead."""
     captions: bool = False
     """Whether there is a captioning head."""
     prompt_rows: int = 0

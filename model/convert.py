@@ -1,7 +1,8 @@
 """Weights of others as ours and back: GLIP, Swin of timm, BERT of transformers. Tensors, no files.
 
-Nothing is skipped silently: a tensor that is missing, of another shape or that nobody expects is an
-error which lists it. What a file holds without use for the model is named here, pattern by pattern.
+Nothing is skipped silently: tensors that are missing, of another shape or that nobody expects are
+an error which counts and names them. What a file holds without use for the model is named here,
+pattern by pattern.
 """
 
 import math
@@ -186,7 +187,7 @@ def from_glip(tensors: Weights, ours: Weights, config: ModelConfig) -> dict[str,
     expected = to_glip(ours, config)
     _check(tensors, {name: tensor.shape for name, tensor in expected.items()}, GLIP_INERT)
     for name, constant in glip_constants(config).items():
-        if not torch.equal(tensors[name].cpu(), constant):
+        if not torch.equal(tensors[name].cpu(), constant.to(tensors[name].dtype)):
             raise ValueError(f"{name} holds other numbers than GLIP's code computes")
     named = {name: tensors[name] for name in expected}
     found = {}
@@ -198,10 +199,13 @@ def from_glip(tensors: Weights, ours: Weights, config: ModelConfig) -> dict[str,
     return found
 
 
-def to_glip(ours: Weights, config: ModelConfig) -> dict[str, Tensor]:
+def to_glip(
+    ours: Weights, config: ModelConfig, dtypes: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
     """Our state dict under GLIP's names and in its shapes, with its constants: what GLIP loads.
 
-    Parts that GLIP does not know are an error; its inert tensors are the caller's to add.
+    Tensors named in `dtypes` get that type. Parts that GLIP does not know are an error; its inert
+    tensors are the caller's to add.
     """
     found: dict[str, Tensor] = {}
     unknown = []
@@ -219,7 +223,28 @@ def to_glip(ours: Weights, config: ModelConfig) -> dict[str, Tensor]:
             found[_MLM_BIAS[1]] = tensor
     if unknown:
         raise ValueError(f"GLIP has no place for {_listed(unknown)}")
-    return found | glip_constants(config)
+    found |= glip_constants(config)
+    return found | {n: found[n].to(getattr(torch, dtype)) for n, dtype in (dtypes or {}).items()}
+
+
+def glip_dtypes(tensors: Weights, ours: Weights, config: ModelConfig) -> dict[str, str]:
+    """Of a GLIP state dict and ours made of it: name -> type where the file's is not ours.
+
+    With these, `to_glip` gives the same bits again: float32 holds every half. ValueError names
+    tensors whose numbers it does not hold.
+    """
+    back = to_glip(ours, config)
+    lost = [n for n, t in back.items() if not torch.equal(t.to(tensors[n].dtype), tensors[n].cpu())]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} tensors hold NaN or numbers that float32, in which weights are kept, "
+            f"does not; save them as float32 first: {_listed(lost)}"
+        )
+    return {
+        name: str(tensors[name].dtype).removeprefix("torch.")
+        for name, tensor in back.items()
+        if tensors[name].dtype != tensor.dtype
+    }
 
 
 def glip_inert(tensors: Weights) -> dict[str, Tensor]:
@@ -253,11 +278,12 @@ def _scale_names(config: ModelConfig) -> list[str]:
 
 
 def swin_from_timm(tensors: Weights, ours: Weights) -> dict[str, Tensor]:
-    """A classifier of timm as the part of our state dict under `image_encoder.swin`.
+    """A classifier of timm, or Microsoft's own, as our state dict under `image_encoder.swin`.
 
-    timm's weights expect red first and ours blue first, so the colours of the patch embedding
+    Their weights expect red first and ours blue first, so the colours of the patch embedding
     change places: the features stay the same. The norms of the three maps are new.
     """
+    tensors = _as_timm(tensors)
     prefix = "image_encoder.swin."
     wanted = {name: tensor for name, tensor in ours.items() if name.startswith(prefix)}
     shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in wanted.items()}
@@ -266,6 +292,28 @@ def swin_from_timm(tensors: Weights, ours: Weights) -> dict[str, Tensor]:
     patches = f"{prefix}patch_embed.proj.weight"
     found[patches] = found[patches].flip(1)
     return found
+
+
+def _as_timm(tensors: Weights) -> Weights:
+    """Microsoft's Swin under timm's names; ValueError for a layout that is neither's."""
+    for prefix in ("module.", "model."):
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if "layers.0.blocks.0.attn.qkv.weight" not in tensors:
+        raise ValueError(
+            "neither timm's Swin nor Microsoft's (no layers.0.blocks.0.attn.qkv.weight); take "
+            "model.safetensors of a swin_* of timm, or a swin_*.pth of "
+            "github.com/microsoft/Swin-Transformer; those of transformers or mmdetection have "
+            "other names"
+        )
+    if not any(name.startswith("layers.0.downsample.") for name in tensors):
+        return tensors
+    # Microsoft (and timm before 0.9) halves at the end of a stage, timm at the start of the next.
+    stage = re.compile(r"^layers\.(\d)\.downsample")
+    return {
+        stage.sub(lambda match: f"layers.{int(match[1]) + 1}.downsample", name): tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def bert_from_transformers(tensors: Weights, ours: Weights) -> dict[str, Tensor]:
@@ -305,22 +353,30 @@ def bert_from_transformers(tensors: Weights, ours: Weights) -> dict[str, Tensor]
 
 def _check(tensors: Weights, shapes: Mapping[str, torch.Size], inert: Iterable[str]) -> None:
     """ValueError unless `tensors` has exactly the named shapes, inert ones aside."""
-    problems = [f"{name} is missing" for name in shapes if name not in tensors]
-    for name, tensor in tensors.items():
-        if name in shapes:
-            if tensor.shape != shapes[name]:
-                was, wanted = tuple(tensor.shape), tuple(shapes[name])
-                problems.append(f"{name} has shape {was}, not {wanted}")
-        elif not _matches(name, inert):
-            problems.append(f"{name} is not expected")
+    missing = [f"{name} is missing" for name in shapes if name not in tensors]
+    extra = [
+        f"{name} is not expected"
+        for name in tensors
+        if name not in shapes and not _matches(name, inert)
+    ]
+    misshapen = [
+        f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    problems = sorted(missing + extra + misshapen)
     if problems:
-        lines = "\n  ".join(sorted(problems))
-        raise ValueError(f"{len(problems)} tensors do not fit:\n  {lines}")
+        lines = _listed(problems, "\n  ")
+        raise ValueError(
+            f"{len(problems)} tensors do not fit ({len(missing)} missing, {len(extra)} not "
+            f"expected, {len(misshapen)} of another shape):\n  {lines}"
+        )
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def _listed(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
+def _listed(items: list[str], between: str = ", ", most: int = 10) -> str:
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return between.join([*items[:most], *more])

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,26 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from glipv2.model.config import InputConfig
 from glipv2.model.glip import GLIPv2
-from glipv2.model.image_input import Images, read_images
+from glipv2.model.image_input import Images, Picture, read_images
 from glipv2.model.images import pad_images, resize, resized_size
 
 Text = tuple[int, ...]
 """Token ids."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An image as the model sees it."""
-
-    pixels_3HW: Tensor
-    """uint8 RGB, resized."""
-    own_size: tuple[int, int]
-    """(height, width) of the image as given, EXIF orientation applied."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the resized image."""
-        return self.pixels_3HW.shape[1], self.pixels_3HW.shape[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +31,12 @@ class EncodedImages:
 
 
 def read_pictures(images: Images, settings: InputConfig) -> list[Picture]:
-    """The images resized for the model; ValueError names one that can't be read."""
+    """The images resized for the model; ValueError names one that can't be read.
+
+    Pictures, which this has made before, stay as they are.
+    """
+    if isinstance(images, Sequence) and all(isinstance(image, Picture) for image in images):
+        return list(cast("Sequence[Picture]", images))
     pictures = []
     for pixels_3HW in read_images(images):
         own_size = pixels_3HW.shape[1], pixels_3HW.shape[2]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 SCORE_LIMIT = 5e4
 """GLIP clamps attention scores to this, for half precision's sake, which ends at 65504."""
@@ -71,23 +72,27 @@ class ImageTextAttention(nn.Module):
 
         keys_BThd = (self.key(text_BTD) * self.head_width**-0.5).unflatten(2, (h, -1))
         query_hdD = self.query.weight.unflatten(0, (h, -1))
-        folded_BhTD = torch.einsum("bthd,hdc->bhtc", keys_BThd, query_hdD)
-        bias_BhT = torch.einsum("bthd,hd->bht", keys_BThd, self.query.bias.view(h, -1))
-        bias_BhT = bias_BhT.masked_fill(~token_mask_BT[:, None], -torch.inf)
-        words_BThd = self.text_value(text_BTD).unflatten(2, (h, -1))
-        out_Dhd = self.image_out.weight.unflatten(1, (h, -1))
-        values_BhTD = torch.einsum("bthd,chd->bhtc", words_BThd, out_Dhd)
-
-        dtype = folded_BhTD.dtype  # autocast's, where it is on
-        with torch.autocast(image_BND.device.type, enabled=False):
-            read_BND, seen_BKD, mass_BK = _BothDirections.apply(
-                image_BND.to(dtype),
-                folded_BhTD.flatten(1, 2),
-                bias_BhT.to(dtype).flatten(1),
-                (values_BhTD * (self.image_scale / kept_share)).to(dtype).flatten(1, 2),
-                h,
-                dropped,
-            )
+        folded_BKD = torch.einsum("bthd,hdc->bhtc", keys_BThd, query_hdD).flatten(1, 2)
+        dtype = folded_BKD.dtype  # autocast's, where it is on
+        if image_reads_text:
+            bias_BhT = torch.einsum("bthd,hd->bht", keys_BThd, self.query.bias.view(h, -1))
+            bias_BhT = bias_BhT.masked_fill(~token_mask_BT[:, None], -torch.inf)
+            words_BThd = self.text_value(text_BTD).unflatten(2, (h, -1))
+            out_Dhd = self.image_out.weight.unflatten(1, (h, -1))
+            values_BhTD = torch.einsum("bthd,chd->bhtc", words_BThd, out_Dhd)
+            values_BhTD = values_BhTD * (self.image_scale / kept_share)
+            with torch.autocast(image_BND.device.type, enabled=False):
+                read_BND, seen_BKD, mass_BK = _BothDirections.apply(
+                    image_BND.to(dtype),
+                    folded_BKD,
+                    bias_BhT.to(dtype).flatten(1),
+                    values_BhTD.to(dtype).flatten(1, 2),
+                    h,
+                    dropped,
+                )
+        else:
+            with torch.autocast(image_BND.device.type, enabled=False):
+                seen_BKD, mass_BK = _to_words(image_BND.to(dtype), folded_BKD, dropped)
 
         value_hdD = self.image_value.weight.unflatten(0, (h, -1))
         context_BThd = torch.einsum("bhtc,hdc->bthd", seen_BKD.unflatten(1, (h, -1)), value_hdD)
@@ -98,6 +103,20 @@ class ImageTextAttention(nn.Module):
         if not image_reads_text:
             return image_BND, words_BTD
         return image_BND + read_BND + self.image_scale * self.image_out.bias, words_BTD
+
+
+def _to_words(image_BND: Tensor, keys_BKD: Tensor, dropped: int) -> tuple[Tensor, Tensor]:
+    """What `_BothDirections` gives the words, without what it gives the locations."""
+    scores_BNK = torch.bmm(image_BND, keys_BKD.transpose(1, 2))
+    if scores_BNK.dtype == torch.float16:
+        over_BNK = scores_BNK - scores_BNK.clamp(-SCORE_LIMIT, SCORE_LIMIT)
+        scores_BNK = scores_BNK - over_BNK.detach()
+    weights_BNK = (scores_BNK - scores_BNK.detach().amax(dim=1, keepdim=True)).exp()
+    weights_BNK = weights_BNK / weights_BNK.sum(dim=1, keepdim=True)
+    share = dropped / _RANDOM_VALUES
+    kept_BNK = F.dropout(weights_BNK, share)  # which divides by the share that is kept
+    seen_BKD = torch.bmm(kept_BNK.transpose(1, 2), image_BND)
+    return seen_BKD * (1 - share), kept_BNK.sum(dim=1) * (1 - share)
 
 
 class _BothDirections(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """GLIPv2 assembled: encoders, pyramid, fusion tower, heads; losses for training, outputs to use."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +53,30 @@ class FusionBlock(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """Maps (B, D, H, W) of all levels and words (B, T, D_text) to the same shapes."""
         if self.fusion:
-            image_BND, words_BTD = self.attention(
-                flatten_levels(maps), words_BTD, token_mask_BT, image_reads_text=not causal
+            image_BND, words_BTD = self.exchange(
+                flatten_levels(maps),
+                words_BTD,
+                token_mask_BT,
+                causal,
+                image_reads_text=not causal,
             )
-            bias = attention_bias(token_mask_BT, words_BTD.dtype, causal)
-            words_BTD = self.words(words_BTD, bias)
             maps = _unflatten_levels(image_BND, maps)
         return self.maps(maps), words_BTD
+
+    def exchange(
+        self,
+        image_BND: Tensor,
+        words_BTD: Tensor,
+        token_mask_BT: Tensor,
+        causal: bool,
+        image_reads_text: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Locations and words after they have read each other, before the DyConv."""
+        image_BND, words_BTD = self.attention(
+            image_BND, words_BTD, token_mask_BT, image_reads_text=image_reads_text
+        )
+        bias = attention_bias(token_mask_BT, words_BTD.dtype, causal)
+        return image_BND, self.words(words_BTD, bias)
 
 
 def _unflatten_levels(locations_BAD: Tensor, like: list[Tensor]) -> list[Tensor]:
@@ -235,6 +253,22 @@ class GLIPv2(nn.Module):
             ),
             level_sizes=level_sizes,
         )
+
+    def fuse_words(
+        self,
+        pyramid: list[Tensor],
+        words_BTD: Tensor,
+        token_mask_BT: Tensor,
+        causal: bool = False,
+    ) -> Tensor:
+        """The fused words (B, T, D) of `fuse` alone, without what only boxes need."""
+        *blocks, last = cast("list[FusionBlock]", list(self.blocks))
+        maps = pyramid
+        for block in blocks:
+            maps, words_BTD = block(maps, words_BTD, token_mask_BT, causal)
+        return last.exchange(
+            flatten_levels(maps), words_BTD, token_mask_BT, causal, image_reads_text=False
+        )[1]
 
     def _inter_image(
         self,

@@ -1,16 +1,22 @@
 """The one way to get predictions: images and texts in, boxes in the images' own pixels out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from glipv2.model.batch import Detection
-from glipv2.model.features import EncodedImages, Text, Words, encode_pictures, read_pictures
+from glipv2.model.features import (
+    EncodedImages,
+    Text,
+    Words,
+    encode_pictures,
+    read_pictures,
+)
 from glipv2.model.glip import GLIPv2
-from glipv2.model.image_input import Images, image_count
+from glipv2.model.image_input import ImageInput, Images, Picture, image_count
 from glipv2.model.mask_head import region_masks
 from glipv2.model.postprocess import (
     MIN_PROBABILITY,
@@ -30,6 +36,10 @@ from glipv2.model.prompts import (
 from glipv2.model.tokenizer import Tokenizer, Tokens
 from glipv2.model.understanding import answer, generate
 from glipv2.model.weights import from_pretrained
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""Of the weights; named as in `train.precision`."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +83,22 @@ class Grounder:
         cls,
         folder_or_url: str | Path,
         device: torch.device | str = "cpu",
-        precision: Literal["float32", "bfloat16"] = "float32",
+        precision: Precision = "fp32",
     ) -> "Grounder":
-        """The model of a folder with model.safetensors, config.json and vocab.txt.
+        """The model of a run's newest step, of one step, or of any folder with model.safetensors,
+        config.json and vocab.txt.
 
-        ValueError if the folder lacks one of them or one is damaged; bfloat16 is for GPUs.
+        ValueError if there is none or a file is damaged; bf16 and fp16 are for GPUs.
         """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         model, tokenizer = from_pretrained(folder_or_url)
-        return cls(model.to(device, getattr(torch, precision)), tokenizer)
+        return cls(model.to(device, PRECISIONS[precision]), tokenizer)
+
+    def prepare(self, image: ImageInput) -> Picture:
+        """The image as the model takes it, for `ground` to be called with later: what threads can
+        do ahead."""
+        return read_pictures([image], self.model.config.input)[0]
 
     def ground(
         self,
@@ -96,12 +114,12 @@ class Grounder:
         Labels count the phrases of the image's own caption; a phrase cut off with the end of a too
         long caption finds nothing. With `cross_phrase_nms`, of boxes that overlap more than this
         only the best stays, whatever their phrases. ValueError names an image that can't be read
-        or a phrase that is not in its caption.
+        or a caption that makes no sense, such as one without a phrase that is asked for.
         """
         _check_one_each(images, captions, "captions")
         questions = []
-        for caption in captions:
-            prompt = grounding_prompt(caption)
+        for number, caption in enumerate(captions):
+            prompt = _prompt(number, caption)
             tokens = self.tokenizer.encode(prompt.text)
             labels = list(range(len(prompt.spans)))
             questions.append([_Question(prompt=prompt, tokens=tokens, labels=labels)])
@@ -127,14 +145,11 @@ class Grounder:
 
         More categories than fit one prompt (or than `max_categories_per_prompt`) are asked for in
         several, about the same image features. Labels count the caller's categories; at most 100
-        boxes of an image are kept over all prompts. ValueError names an image that can't be read.
+        boxes of an image are kept over all prompts. ValueError names an image that can't be read or
+        a category that is no text.
         """
-        if isinstance(categories, str):
-            raise ValueError(f"categories must be a list, not the text {categories!r}")
-        one_list = not len(categories) or isinstance(categories[0], str)
-        lists = [categories] * image_count(images) if one_list else categories
-        _check_one_each(images, lists, "category lists")
-        names = [tuple(str(name) for name in own) for own in lists]
+        names = _categories(categories, image_count(images))
+        _check_one_each(images, names, "category lists")
         chunks = {own: self._chunks(own, max_categories_per_prompt) for own in set(names)}
         settings = _Settings(batch_size=batch_size, score_threshold=score_threshold, masks=masks)
         return self._run(
@@ -149,13 +164,17 @@ class Grounder:
 
         ValueError if the model has no question answering head.
         """
+        if top < 1:
+            raise ValueError(f"top must be at least 1, not {top}")
         _check_one_each(images, questions, "questions")
+        _check_texts(questions, "question")
         texts = [tuple(self.tokenizer.encode(question).ids) for question in questions]
         words = Words(self.model, texts)
         answers: dict[int, list[tuple[str, float]]] = {}
         for batch in self._encoded(images, batch_size):
-            outputs = self.model.fuse(batch.pyramid, *words([texts[n] for n in batch.numbers]))
-            answers.update(zip(batch.numbers, answer(self.model, outputs, top), strict=True))
+            asked = words([texts[n] for n in batch.numbers])
+            found = answer(self.model, self.model.fuse_words(batch.pyramid, *asked), top)
+            answers.update(zip(batch.numbers, found, strict=True))
         return [answers[number] for number in range(image_count(images))]
 
     @torch.inference_mode()
@@ -276,8 +295,53 @@ def _rows(batch: EncodedImages, rows: Sequence[int]) -> EncodedImages:
     )
 
 
+def _prompt(number: int, caption: Caption) -> Prompt:
+    """A caption's prompt; ValueError says which caption it is and what is wrong with it."""
+    try:
+        prompt = grounding_prompt(caption)
+        _check_texts([prompt.text], "text")
+    except ValueError as error:
+        raise ValueError(f"caption {number}: {error}") from error
+    except TypeError as error:
+        raise ValueError(
+            f"caption {number}, of type {type(caption).__name__}, must be a text or a pair of text "
+            f"and phrases, each phrase its words or a list of (start, end): {error}"
+        ) from error
+    return prompt
+
+
+def _categories(
+    categories: Sequence[str] | Sequence[Sequence[str]], images: int
+) -> list[tuple[str, ...]]:
+    """The categories of each image; ValueError names one that is no text."""
+    if isinstance(categories, str):
+        raise ValueError(f"categories must be a list, not the text {categories!r}")
+    if not isinstance(categories, Iterable):
+        raise ValueError(f"categories must be a list, not of type {type(categories).__name__}")
+    given: list[Any] = list(categories)
+    if not any(isinstance(own, Iterable) and not isinstance(own, str) for own in given):
+        _check_texts(given, "category")
+        return [tuple(given)] * images
+    for number, own in enumerate(given):
+        if isinstance(own, str) or not isinstance(own, Iterable):
+            raise ValueError(f"category list {number} is of type {type(own).__name__}, not a list")
+    lists = [tuple(own) for own in given]
+    for number, own in enumerate(lists):
+        _check_texts(own, f"image {number}: category")
+    return lists
+
+
+def _check_texts(texts: Sequence[object], what: str) -> None:
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            found = type(text).__name__
+            raise ValueError(f"{what} {number} of {len(texts)} is of type {found}, not a text")
+
+
 def _check_one_each(images: Images, others: Sequence[object], what: str) -> None:
     count = image_count(images)
-    if isinstance(others, str) or len(others) != count:
-        found = "a text" if isinstance(others, str) else str(len(others))
+    listed = isinstance(others, Sized) and not isinstance(others, str)
+    if not listed or len(others) != count:
+        found = "a text" if isinstance(others, str) else f"of type {type(others).__name__}"
+        found = str(len(others)) if listed else found
         raise ValueError(f"{count} images need a list of as many {what}, not {found}")

@@ -1,6 +1,7 @@
 """Whatever a caller holds an image in, as uint8 RGB (3, H, W)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
@@ -9,24 +10,51 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from glipv2.model.decoding import MAX_BYTES, decode_image, rgb_pixels
+from glipv2.model.decoding import MAX_BYTES, ImageError, decode_image, rgb_pixels
 from glipv2.model.urls import scheme_of
 
-ImageInput = Image.Image | np.ndarray | Tensor | bytes | str | Path
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image as a model sees it; `Grounder.prepare` makes it."""
+
+    pixels_3HW: Tensor
+    """uint8 RGB, resized."""
+    own_size: tuple[int, int]
+    """(height, width) of the image as given, EXIF orientation applied."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the resized image."""
+        return self.pixels_3HW.shape[1], self.pixels_3HW.shape[2]
+
+
+ImageInput = Image.Image | np.ndarray | Tensor | bytes | str | Path | Picture
 """A Pillow image; an array (H, W, 3) or (H, W), or a tensor (3, H, W), uint8 or floats in [0, 1];
-the bytes of a JPEG, PNG or WebP file; its path or URL."""
+the bytes of a JPEG, PNG or WebP file; its path or URL; or what `Grounder.prepare` made."""
 Images = Sequence[ImageInput] | np.ndarray | Tensor
 """Several; also as one array (B, H, W, 3) or tensor (B, 3, H, W)."""
 
 RANGE_SLACK = 1e-3
 """How far floats may leave [0, 1] by rounding: a quarter of a grey level."""
+_WORDS = {
+    "image_format": "of unknown format",
+    "image_too_large": "too large",
+    "image_undecodable": "can't be decoded",
+}
 
 
 def image_count(images: Images) -> int:
-    """How many images these are; ValueError for one that is not in a list."""
+    """How many images these are; ValueError for one that is not in a list, TypeError for what has
+    no length, such as a generator."""
     one_array = isinstance(images, np.ndarray | Tensor) and images.ndim != 4
     if one_array or isinstance(images, str | bytes | Path | Image.Image):
         raise ValueError("images must be a list, also if it is only one")
+    if not isinstance(images, Sized):
+        raise TypeError(
+            f"images must be a list, not of type {type(images).__name__}; list(...) makes one of a "
+            "generator"
+        )
     return len(images)
 
 
@@ -36,7 +64,25 @@ def read_images(images: Images) -> Iterator[Tensor]:
         try:
             yield read_image(image)
         except (ValueError, OSError) as error:
-            raise ValueError(f"image {number}: {error}") from error
+            raise ValueError(f"image {number}: {_plain(image, error)}") from error
+
+
+def unusable(reason: str, detail: str) -> str:
+    """What an `ImageError` says, in words for people."""
+    return f"{_WORDS[reason]}: {detail}"
+
+
+def _plain(image: ImageInput, error: Exception) -> str:
+    """What is wrong with an image, with the name of its file."""
+    if isinstance(error, ImageError):
+        said = unusable(error.reason, error.detail)
+    elif isinstance(error, FileNotFoundError):
+        said = "no such file"
+    elif isinstance(error, OSError):
+        said = error.strerror or str(error)
+    else:
+        return str(error)
+    return f"{image}: {said}" if isinstance(image, str | Path) else said
 
 
 def read_image(image: ImageInput) -> Tensor:

@@ -188,26 +188,6 @@ def region_masks(
     return list(probabilities_MSS.split([len(x) for x in boxes]))
 
 
-def predict_masks(
-    model: "GLIPv2",
-    outputs: Outputs,
-    phrase_tokens: list[Tensor],
-    boxes: list[Tensor],
-    labels: list[Tensor],
-    sizes_B2: Tensor,
-) -> list[Tensor]:
-    """Masks of boxes, bool (K, h, w) in pixels of each resized image, (h, w) = sizes_B2[b].
-
-    The other arguments are those of `region_masks`. To get masks in pixels of another size, paste
-    what that gives with boxes in those pixels.
-    """
-    maps = region_masks(model, outputs, phrase_tokens, boxes, labels)
-    return [
-        paste_masks(maps_KSS, boxes_K4.to(maps_KSS.device), int(height), int(width)).cpu()
-        for maps_KSS, boxes_K4, (height, width) in zip(maps, boxes, sizes_B2.tolist(), strict=True)
-    ]
-
-
 def paste_masks(probabilities_KSS: Tensor, boxes_K4: Tensor, height: int, width: int) -> Tensor:
     """Where the mask of each box is above 0.5 in its image: bool (K, height, width).
 

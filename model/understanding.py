@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glipv2.model.batch import Batch, Collectives, Outputs
+from glipv2.model.batch import Batch, Collectives
 from glipv2.model.heads import WordHead, flatten_levels
 from glipv2.model.text_encoder import LAYER_NORM_EPS, attention_bias
 from glipv2.model.tokenizer import Tokenizer
@@ -54,17 +54,22 @@ def task_loss(model: "GLIPv2", batch: Batch, collectives: Collectives) -> Tensor
 
     ValueError if the model lacks the head, or if the soft targets do not fit its answers.
     """
-    inputs = batch.images_B3HW, batch.sizes_B2, batch.tokens_BT, batch.token_mask_BT
     if batch.task == "captioning":
         head = _caption_head(model)
-        words_BTD = model.predict(*inputs, causal=True).fused_words_BTD
+        words_BTD = _fused_words(model, batch, causal=True)
         return caption_loss(head, words_BTD, batch.tokens_BT, batch.token_mask_BT, collectives)
     asked = _answer_head(model)
     expected = (len(batch.tokens_BT), asked.decoder.out_features)
     if batch.answers_BV is None or batch.answers_BV.shape != expected:
         found = "none" if batch.answers_BV is None else tuple(batch.answers_BV.shape)
         raise ValueError(f"questions need soft targets of shape {expected}, the batch has {found}")
-    return answer_loss(asked(model.predict(*inputs).fused_words_BTD), batch.answers_BV)
+    return answer_loss(asked(_fused_words(model, batch, causal=False)), batch.answers_BV)
+
+
+def _fused_words(model: "GLIPv2", batch: Batch, causal: bool) -> Tensor:
+    pyramid = model.encode_images(batch.images_B3HW, batch.sizes_B2)
+    words_BTD = model.encode_words(batch.tokens_BT, batch.token_mask_BT, causal)
+    return model.fuse_words(pyramid, words_BTD, batch.token_mask_BT, causal)
 
 
 def answer_loss(logits_BV: Tensor, targets_BV: Tensor) -> Tensor:
@@ -92,12 +97,12 @@ def caption_loss(
 
 
 @torch.inference_mode()
-def answer(model: "GLIPv2", outputs: Outputs, top: int = 1) -> list[list[tuple[str, float]]]:
+def answer(model: "GLIPv2", fused_words_BTD: Tensor, top: int = 1) -> list[list[tuple[str, float]]]:
     """The `top` best answers to each image's question and their probabilities, best first.
 
-    `outputs` are those of `model.predict` for the questions.
+    The words are those of `model.fuse_words` for the questions.
     """
-    probabilities_BV = _answer_head(model)(outputs.fused_words_BTD).float().sigmoid()
+    probabilities_BV = _answer_head(model)(fused_words_BTD).float().sigmoid()
     names = model.config.answers
     best_BK = probabilities_BV.topk(min(top, len(names)), dim=1)
     return [

@@ -1,20 +1,19 @@
 """A model as a folder of files, and back."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from glipv2.model.config import config_from_dict, config_to_dict
+from glipv2.model.folders import CONFIG, MODEL_FILES, VOCABULARY, WEIGHTS, model_folder
 from glipv2.model.glip import GLIPv2, build_model
 from glipv2.model.tokenizer import Tokenizer
 from glipv2.model.urls import scheme_of
-
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-VOCABULARY = "vocab.txt"
 
 
 def model_files(model: GLIPv2, tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -30,7 +29,7 @@ def model_files(model: GLIPv2, tokenizer: Tokenizer) -> dict[str, bytes]:
 
 def model_from_files(files: dict[str, bytes]) -> tuple[GLIPv2, Tokenizer]:
     """Rebuild a model on the CPU; ValueError names a missing file or the parameters that differ."""
-    missing = [name for name in (WEIGHTS, CONFIG, VOCABULARY) if name not in files]
+    missing = [name for name in MODEL_FILES if name not in files]
     if missing:
         raise ValueError(f"not a saved model: {', '.join(missing)} missing")
     try:
@@ -46,19 +45,30 @@ def model_from_files(files: dict[str, bytes]) -> tuple[GLIPv2, Tokenizer]:
 
 
 def from_pretrained(url: str | Path) -> tuple[GLIPv2, Tokenizer]:
-    """Model and tokenizer of a folder, given as a path or as a URL that fsspec knows.
+    """Model and tokenizer of a model's folder, a step of a run, or a run's newest step.
 
-    ValueError names what the folder lacks, what is damaged or which parameters differ.
+    Given as a path or a URL that fsspec knows. ValueError says what would do instead, what a folder
+    lacks, what is damaged or which parameters differ.
     """
     url = str(url)
     scheme_of(url)
-    filesystem, folder = fsspec.url_to_fs(url)
-    names = (WEIGHTS, CONFIG, VOCABULARY)
-    paths = {name: f"{folder.rstrip('/')}/{name}" for name in names}
-    missing = [name for name, path in paths.items() if not filesystem.exists(path)]
-    if missing:
-        raise ValueError(f"{url} is not the folder of a model: it has no {', '.join(missing)}")
-    return model_from_files({name: filesystem.cat_file(path) for name, path in paths.items()})
+    filesystem, _ = fsspec.url_to_fs(url)
+    folder = model_folder(url, filesystem.exists, lambda folder: _names(filesystem, folder))
+    try:
+        files = {name: filesystem.cat_file(f"{folder.rstrip('/')}/{name}") for name in MODEL_FILES}
+        return model_from_files(files)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is a step that lacks a model's file: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _names(filesystem: Any, folder: str) -> list[str]:
+    """Sorted names of what is in a folder, [] when it is absent."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        paths = filesystem.ls(folder, detail=False)
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+    return []
 
 
 def load_weights(model: GLIPv2, data: bytes) -> None:

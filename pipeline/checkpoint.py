@@ -7,9 +7,10 @@ to `glipv2 ground` or be a teacher.
 
 import json
 import logging
-import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from glipv2.model import folders
+from glipv2.model.folders import COMMIT, MODEL_FILES, WEIGHTS, step_name
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import DataError
 
@@ -18,14 +19,6 @@ if TYPE_CHECKING:  # the launcher looks for checkpoints without loading torch
     from glipv2.model.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-MODEL_FILES = ("model.safetensors", "config.json", "vocab.txt")
-COMMIT = "COMMIT.json"
-STEP_NAME = re.compile(r"step-(\d{6,})")
-
-
-def step_name(step: int) -> str:
-    return f"step-{step:06d}"
 
 
 def save_checkpoint(run_dir: str, step: int, files: dict[str, bytes]) -> str:
@@ -80,14 +73,7 @@ def read_checkpoint(url: str, names: tuple[str, ...] | None = None) -> dict[str,
 
 def committed_steps(run_dir: str) -> list[int]:
     """Steps with a commit record, oldest first; their files are not checked here."""
-    folder = storage.join(run_dir, "checkpoints")
-    steps = [
-        int(match.group(1))
-        for name in storage.list_names(folder)
-        if (match := STEP_NAME.fullmatch(name))
-        and storage.exists(storage.join(folder, name, COMMIT))
-    ]
-    return sorted(steps)
+    return folders.committed_steps(run_dir, storage.exists, storage.list_names)
 
 
 def newest_checkpoint(run_dir: str) -> tuple[str, dict[str, bytes]] | None:
@@ -113,26 +99,49 @@ def newest_checkpoint(run_dir: str) -> tuple[str, dict[str, bytes]] | None:
 
 
 def resolve_checkpoint(url: str) -> str:
-    """A checkpoint folder as it is; of a run folder the newest committed step.
+    """The folder that a checkpoint argument means; see `folders.model_folder`.
 
     Raises DataError when there is none.
     """
+    try:
+        return folders.model_folder(url, storage.exists, storage.list_names)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def read_model(url: str, *others: str) -> dict[str, bytes]:
+    """A model's files in a folder, and those of `others` that it has.
+
+    Each is checked against the folder's commit record, if it has one.
+    """
+    there = (name for name in others if storage.exists(storage.join(url, name)))
+    names = (*MODEL_FILES, *there)
     if storage.exists(storage.join(url, COMMIT)):
-        return url
-    steps = committed_steps(url)
-    if not steps:
-        raise DataError(
-            f"no checkpoint in {url}: it is neither a step folder with {COMMIT} nor a run folder "
-            "with checkpoints/step-*"
-        )
-    return storage.join(url, "checkpoints", step_name(steps[-1]))
+        return read_checkpoint(url, names)
+    return {name: storage.read_bytes(storage.join(url, name)) for name in names}
+
+
+def weights_identity(url: str) -> list[Any]:
+    """What tells a folder's weights from others: the step (0 without one), size and checksum."""
+    commit, weights = storage.join(url, COMMIT), storage.join(url, WEIGHTS)
+    if storage.exists(commit):
+        found = storage.read_json(commit)
+        return [found["step"], found["files"][WEIGHTS]]
+    return [0, {"bytes": storage.size(weights), "crc32c": storage.file_crc32c(weights)}]
 
 
 def load_model(url: str) -> tuple["GLIPv2", "Tokenizer"]:
-    """The model of a checkpoint or of a run's newest checkpoint, in evaluation mode."""
+    """The model that a checkpoint argument means, in evaluation mode.
+
+    Raises DataError when there is none or it is damaged.
+    """
     from glipv2.model.weights import model_from_files
 
-    model, tokenizer = model_from_files(read_checkpoint(resolve_checkpoint(url), MODEL_FILES))
+    folder = resolve_checkpoint(url)
+    try:
+        model, tokenizer = model_from_files(read_model(folder))
+    except ValueError as error:
+        raise DataError(f"{folder}: {error}") from error
     return model.eval(), tokenizer
 
 

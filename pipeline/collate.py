@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glipv2.model.batch import NO_CATEGORY, NO_WORD, UNKNOWN_MASK, Batch
+from glipv2.model.batch import NO_CATEGORY, NO_WORD, UNKNOWN_MASK, Batch, BatchTask
 from glipv2.model.images import pad_images
 from glipv2.pipeline.masking import IGNORE
 
@@ -33,6 +33,10 @@ class Sample:
     token_category_T: np.ndarray
     masks_NSS: np.ndarray | None = None
     """uint8 in the boxes' frames, UNKNOWN_MASK where there is none; None if nobody asked."""
+    task: BatchTask = "grounding"
+    """The same for all samples of a run."""
+    answers_V: np.ndarray | None = None
+    """vqa: float32, how right each of the model's answers is."""
 
 
 def text_length(longest: int, most: int) -> int:
@@ -61,6 +65,7 @@ def collate(
         box_category_BN=torch.full((B, N), NO_CATEGORY),
         token_category_BT=torch.full((B, T), NO_WORD),
         keys=[sample.key for sample in samples],
+        task=samples[0].task,
         most_masked=max(int((sample.mlm_labels_T != IGNORE).sum()) for sample in samples),
     )
     for row, sample in enumerate(samples):
@@ -74,6 +79,8 @@ def collate(
         batch.box_category_BN[row, :n] = torch.from_numpy(sample.box_category_N)
         batch.token_category_BT[row, :t] = torch.from_numpy(sample.token_category_T)
     batch.masks_BNSS = _pad_masks([sample.masks_NSS for sample in samples], N)
+    answers = [sample.answers_V for sample in samples if sample.answers_V is not None]
+    batch.answers_BV = torch.from_numpy(np.stack(answers)) if answers else None
     return batch
 
 

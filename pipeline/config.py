@@ -111,8 +111,11 @@ class DataConfig:
     """Detection prompts hold all categories of their set in its order, nothing drawn or shuffled:
     for tuning on one set, and what a tuned prompt needs."""
     caption_packing: float = 0.0
-    """Probability that a caption is packed between captions of other images (GLIP: 0.6)."""
+    """Probability that a caption with a model's boxes (scores below 1) is packed between captions
+    of other images (GLIP: 0.6)."""
     max_packed_captions: int = 19
+    pack_gold_captions: bool = False
+    """Whether captions whose boxes people drew are packed too; GLIP's are not."""
     mlm_probability: float = 0.15
     lanes: int | None = None
     """Independent reading positions; null takes the largest divisor of the global batch <= 64."""
@@ -197,11 +200,45 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhraseConfig:
+    """Which phrases of a caption the teacher looks for."""
+
+    parser: str = "lexicon"
+    """Ours, which needs nothing; or spacy:MODEL, an installed English model or its folder, such as
+    spacy:en_core_web_sm, which is slower."""
+    stop: tuple[str, ...] = ()
+    """Words that a phrase must not end in, beside what nobody can see: "stock photo" leaves out
+    "a nice stock photo" as well."""
+    max_words: int = 6
+    """A longer phrase keeps its last words, where the thing is named."""
+    min_length: int = 2
+    """Characters of the last word."""
+    digits: bool = False
+    """Keep phrases with digits in them: IMG20, size 12x4."""
+    unseen: bool = False
+    """Keep phrases for what nobody can draw a box around: the left side, night, a photo."""
+
+    def __post_init__(self) -> None:
+        kind, _, model = self.parser.partition(":")
+        known = self.parser == "lexicon" or (kind == "spacy" and model != "")
+        _require(known, "label.phrases.parser", "lexicon or spacy:MODEL", self.parser)
+        said = all(text.strip() for text in self.stop)
+        _require(said, "label.phrases.stop", "a list of words", self.stop)
+        for key in ("max_words", "min_length"):
+            value = getattr(self, key)
+            _require(value > 0, f"label.phrases.{key}", "positive", value)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabelConfig:
     """Which pairs a teacher labels, and which of its boxes are kept."""
 
     teacher: str = ""
-    """Phase, run folder or checkpoint."""
+    """Phase, run folder or checkpoint; or hf:FOLDER or hf:HUB/NAME, a transformers detector."""
+    ensemble: tuple[str, ...] = ()
+    """More teachers, whose boxes are fused with the teacher's."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the teacher's arithmetic; the halves are for GPUs."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Shard set of pairs -> shard set of labelled pairs (names under data.root, or URLs)."""
     calibration: str = ""
@@ -213,13 +250,25 @@ class LabelConfig:
     """Boxes kept per image, best first."""
     cross_phrase_nms: float = 0.6
     """Of boxes that overlap more than this only the best stays, across phrases; 1 keeps all."""
-    num_actors: int = 2
+    keep_empty: bool = False
+    """Whether images without a box are kept: their captions then serve as negatives of others."""
+    num_actors: tuple[int, int] = (1, 2)
+    """Workers that are asked for at once, and the most there may be while shards wait."""
     gpus_per_actor: float = 0.0
+    cpus_per_actor: float = 1.0
+    decode_threads: int = 2
+    """Of each worker, which read images and captions ahead of the teacher."""
     batch_size: int = 8
+    window: int = 128
+    """Pairs that are sorted by size and text length to make batches of."""
+    phrases: PhraseConfig = field(default_factory=PhraseConfig)
 
     def __post_init__(self) -> None:
-        for key in ("max_boxes", "num_actors", "batch_size"):
+        for key in ("max_boxes", "batch_size", "decode_threads", "window"):
             _require(getattr(self, key) > 0, f"label.{key}", "positive", getattr(self, key))
+        least, most = self.num_actors
+        _require(0 < least <= most, "label.num_actors", "two numbers [least, most]",
+                 self.num_actors)  # fmt: skip
         _require(0 < self.target_precision <= 1, "label.target_precision", "in (0, 1]",
                  self.target_precision)  # fmt: skip
 
@@ -273,8 +322,12 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Named sets of overrides, such as teacher and student; a phase writes to RUN_DIR/PHASE."""
+    rounds: int = 1
+    """How often `glipv2 run` labels and trains a student, each the next one's teacher; it stops
+    early when labels on the gold set get no better."""
 
     def __post_init__(self) -> None:
+        _require(self.rounds > 0, "rounds", "positive", self.rounds)
         _require(self.seed >= 0, "seed", "0 or more", self.seed)
         part = TUNED_PARTS[self.train.tune]
         if part is not None:

@@ -10,8 +10,10 @@ import yaml
 
 from glipv2.model.config import ModelConfig, preset
 from glipv2.pipeline import storage
+from glipv2.pipeline.answers import read_answers
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import ConfigError
+from glipv2.pipeline.rounds import with_rounds
 
 MOST_EXTENDED = 5
 """How many recipes may extend one another."""
@@ -54,7 +56,7 @@ def config_from_tree(
     tree: dict[str, Any], overrides: list[str], phase: str | None = None
 ) -> RunConfig:
     config = _build(RunConfig, tree, None, "")
-    config = _apply_overrides(config, overrides)
+    config = with_rounds(_apply_overrides(config, overrides))
     for name in config.phases:
         _apply_phase(config, name)  # a mistake in any phase is reported before work starts
     if phase is None:
@@ -135,11 +137,8 @@ def _build(cls: type, tree: Any, base: Any, path: str) -> Any:
     for key in tree:
         if key not in hints:
             raise ConfigError(_unknown_key(path, str(key), cls))
-    if cls is ModelConfig and "preset" in tree:
-        try:
-            base = preset(tree["preset"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise ConfigError(f"{path}preset: {tree['preset']!r} is not a preset") from error
+    if cls is ModelConfig:
+        base, tree = _model_parts(base, tree, path)
     values = {}
     for field in dataclasses.fields(cls):
         old = getattr(base, field.name) if base is not None else None
@@ -151,6 +150,18 @@ def _build(cls: type, tree: Any, base: Any, path: str) -> Any:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{path}{field.name} is missing")
     return cls(**values)
+
+
+def _model_parts(base: Any, tree: dict[str, Any], path: str) -> tuple[Any, dict[str, Any]]:
+    """What a model section names instead of spelling it out: its preset, a file of answers."""
+    if "preset" in tree:
+        try:
+            base = preset(tree["preset"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise ConfigError(f"{path}preset: {tree['preset']!r} is not a preset") from error
+    if isinstance(tree.get("answers"), str):
+        tree = {**tree, "answers": read_answers(tree["answers"])}
+    return base, tree
 
 
 def _unknown_key(path: str, key: str, cls: type) -> str:

@@ -1,19 +1,20 @@
 """The data path: shards -> stream -> picture and text -> tokens -> batch."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from glipv2.model.batch import NO_CATEGORY, NO_WORD, Batch
+from glipv2.model.batch import NO_CATEGORY, NO_WORD, Batch, BatchTask
 from glipv2.model.prompts import clean_category, token_map
 from glipv2.model.tokenizer import Tokenizer
+from glipv2.pipeline.answers import answer_numbers
 from glipv2.pipeline.augment import Augmentation, cropped, draw_view, picture
 from glipv2.pipeline.cache import RangeCache
 from glipv2.pipeline.collate import Sample, collate
 from glipv2.pipeline.config import DataConfig
 from glipv2.pipeline.errors import ConfigError
-from glipv2.pipeline.masking import Masking, mask_tokens, tokens_within
+from glipv2.pipeline.masking import IGNORE, Masking, mask_tokens, tokens_within
 from glipv2.pipeline.negatives import (
     Categories,
     Negatives,
@@ -31,12 +32,11 @@ from glipv2.pipeline.stream import (
     check_lanes,
     largest_divisor,
 )
+from glipv2.pipeline.tasks import batch_task, draw_caption, draw_question, mixture_task
 from glipv2.pipeline.vocabulary import equal_names, read_vocabulary
 from glipv2.pipeline.workers import batches_from_workers
 
 MOST_LANES = 64
-LOCALISED = ("detection", "grounding", "referring")
-"""Tasks whose records say where things are."""
 
 
 class Loader:
@@ -76,14 +76,22 @@ class Preparation:
     """Source -> its categories."""
     masks: bool = False
     """Whether samples carry the masks of their regions."""
+    task: BatchTask = "grounding"
+    answers: Mapping[str, int] = field(default_factory=dict)
+    """vqa: the normal form of each answer that the model knows, and its number."""
 
     def __call__(self, slot: Slot) -> Sample:
-        record, rng = slot.record, slot.rng
-        if record.task not in LOCALISED:
+        task = batch_task(slot.source, slot.record)
+        if task != self.task:
             raise ConfigError(
-                f"data.mixture: {slot.source} holds records of task {record.task} ({record.key}), "
-                "which say nothing of places: run `glipv2 label` on it and train on the result"
+                f"data.mixture: {slot.source} is for {self.task} as its first record says, but "
+                f"{slot.record.key} is for {task}: make a shard set of each"
             )
+        return self._grounded(slot) if task == "grounding" else self._understood(slot)
+
+    def _grounded(self, slot: Slot) -> Sample:
+        """Words with their places, among words that are not in the picture."""
+        record, rng = slot.record, slot.rng
         view = draw_view((record.width, record.height), self._said(slot), self.augmentation, rng)
         slot = replace(slot, record=cropped(record, view))
         seen = picture(slot.record, view, self.masks)
@@ -109,6 +117,29 @@ class Preparation:
             mlm_labels_T=labels_T,
             token_category_T=token_category_T,
             masks_NSS=None if seen.masks_NSS is None else seen.masks_NSS[kept],
+        )
+
+    def _understood(self, slot: Slot) -> Sample:
+        """A question with its answers, or a caption: whole, and without boxes."""
+        record, rng = replace(slot.record, regions=()), slot.rng
+        if self.task == "vqa":
+            drawn = draw_question(record, self.answers, rng)
+        else:
+            drawn = draw_caption(record, rng)
+        view = draw_view((record.width, record.height), drawn.said, self.augmentation, rng)
+        seen = picture(record, view)
+        ids_T = np.array(self.tokenizer.encode(drawn.text).ids)
+        return Sample(
+            key=f"{slot.source}/{record.key}",
+            image_3HW=seen.image_3HW,
+            boxes_N4=seen.boxes_N4.numpy(),
+            positive_NT=np.zeros((0, len(ids_T)), dtype=bool),
+            box_category_N=np.zeros(0, dtype=np.int64),
+            token_ids_T=ids_T,
+            mlm_labels_T=np.full(len(ids_T), IGNORE),
+            token_category_T=np.full(len(ids_T), NO_WORD),
+            task=self.task,
+            answers_V=drawn.targets_V,
         )
 
     def _text(self, slot: Slot) -> TrainingText:
@@ -140,12 +171,16 @@ def build_loader(  # noqa: PLR0913 (a job names each of these)
     seed: int = 0,
     on_bad: OnBad | None = None,
     masks: bool = False,
+    answers: Sequence[str] = (),
+    captions: bool = False,
 ) -> Loader:
     """The loader of one rank; `sets` are the opened shard sets that `data.mixture` names.
 
-    With `masks`, batches hold those of the regions' masks that the records know.
+    With `masks`, batches hold those of the regions' masks that the records know. `answers` and
+    `captions` are the model's: sets of questions need the former, sets of captions the latter.
     """
     _check(data, sets)
+    task = mixture_task(sets, answers, captions)
     config = StreamConfig(
         seed=seed,
         global_batch=global_batch,
@@ -170,6 +205,7 @@ def build_loader(  # noqa: PLR0913 (a job names each of these)
             full_share=data.full_negatives_share,
             packing=data.caption_packing,
             max_captions=data.max_packed_captions,
+            pack_gold=data.pack_gold_captions,
             fixed=data.fixed_prompts,
         ),
         masking=Masking(
@@ -180,6 +216,8 @@ def build_loader(  # noqa: PLR0913 (a job names each of these)
         ),
         categories=shared_categories(sets, tokenizer, data.vocabulary),
         masks=masks,
+        task=task,
+        answers=answer_numbers(answers) if task == "vqa" else {},
     )
     stream = Stream(sets, data.mixture, config, rank, world_size, on_bad)
     return Loader(stream, prepare, data)

@@ -1,7 +1,7 @@
 """The text of a training sample: its own words among words that are not in the picture.
 
 Detection data: the image's categories and random others, shuffled (GLIP, facts C.4). Captions: the
-caption, sometimes packed between captions of other images (facts C.5).
+caption; those with a model's boxes sometimes packed between captions of other images (facts C.5).
 """
 
 from collections.abc import Callable, Sequence
@@ -57,6 +57,8 @@ class Negatives:
     packing: float
     """Probability that a caption is packed at all."""
     max_captions: int
+    pack_gold: bool = False
+    """Whether captions whose boxes people drew are packed too."""
     fixed: bool = False
     """Detection prompts hold all categories in their order."""
 
@@ -128,7 +130,8 @@ def caption_text(
     Captions are added while the text stays within `budget` tokens, the own one always first.
     """
     before, after = "", ""
-    if neighbours and rng.random() < settings.packing:
+    may_pack = settings.pack_gold or any(region.score < 1 for region in record.regions)
+    if neighbours and rng.random() < settings.packing and may_pack:
         before, after = _packing(record.caption, neighbours, count_tokens, budget, settings, rng)
     shift = len(before)
     prompt = caption_prompt(

@@ -1,137 +1,234 @@
-"""Map a function over items on Ray actors; the only module that imports Ray for mapping.
+"""Map a function over items on a pool of Ray actors that grows, shrinks and survives kills.
 
 Ray core instead of Ray Data: our items are shard names whose results are committed by the worker
-itself, so all that is needed is an actor pool with restarts, and a poison item must be found out.
+itself, so no data needs to flow between stages; and what Ray Data lacks is needed, to find out
+which part of an item kills its worker (Ray retries a task that ran out of memory without end).
 """
 
 import logging
-import os
-import secrets
-import socket
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from glipv2.pipeline.errors import ConfigError, PoisonItemError
+from glipv2.pipeline.ray_cluster import is_private, room_for, start_ray
 
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 MakeWorker = Callable[[], Callable[[Item], Result]]
+AfterKill = Callable[[Item, int, Any], "Item | None"]
+"""(item, how many workers it has killed, the last note of the last one) -> what to try now."""
 
 MAX_KILLS = 2
-"""An item whose actor died this often is taken for the cause and given up."""
+"""An item whose worker died this often is taken for the cause and given up."""
+WHY = "it was killed, ran out of memory, or its machine is gone: see Ray's logs"
+MAX_DEAD_STARTS = 5
+"""So many workers in a row that die before their first item end the map."""
+_note: Callable[[Any], None] | None = None
+"""Where notes of this worker process go."""
 
 
-def start_ray(num_cpus: int) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start a private one on this machine."""
-    existing = bool(os.environ.get("RAY_ADDRESS"))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not existing and "ray" not in sys.modules:
-        # a private cluster needs a private token, not one that Ray writes into the home folder;
-        # Ray reads these at import only
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    import ray
+def note(value: Any) -> None:
+    """Tell the driver what a worker is about to do; known there even if this process dies of it.
 
-    if ray.is_initialized():
-        return
-    own: dict[str, Any] = {
-        "num_cpus": max(num_cpus, os.cpu_count() or 1),
-        "object_store_memory": 200 << 20,
-        "include_dashboard": False,
-    }
-    try:
-        if existing:
-            _reach(os.environ["RAY_ADDRESS"])
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, **({} if existing else own))
-    except (OSError, ValueError) as error:
-        if not existing:
-            raise
-        raise ConfigError(
-            f"no Ray cluster can be joined at {os.environ['RAY_ADDRESS']}: {error}; start one with "
-            "`ray start --head`, or give no address to run on this machine alone"
-        ) from error
+    About a millisecond. Nothing where nobody asked for notes (`map_on_ray` without `after_kill`).
+    """
+    if _note is not None:
+        _note(value)
 
 
-def _reach(address: str) -> None:
-    """OSError when nothing listens at host:port; Ray itself would go on trying for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+def try_again(item: Item, kills: int, _last_note: Any) -> Item | None:
+    """The same item, until it has killed MAX_KILLS workers."""
+    return item if kills < MAX_KILLS else None
 
 
 def map_in_process(
     make_worker: MakeWorker[Item, Result], items: Iterable[Item]
 ) -> Iterator[tuple[Item, Result]]:
-    """The same as `map_on_ray` in this process, for debugging and tests."""
+    """The same as `map_on_ray` in this process, for small work, debugging and tests."""
     worker = make_worker()
     for item in items:
         yield item, worker(item)
 
 
-def map_on_ray(
+def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
     make_worker: MakeWorker[Item, Result],
     items: Iterable[Item],
     *,
     num_actors: int,
+    min_actors: int = 1,
     gpus_per_actor: float = 0.0,
+    cpus_per_actor: float = 1.0,
+    after_kill: AfterKill[Item] | None = None,
 ) -> Iterator[tuple[Item, Result]]:
     """Yield (item, result) as they finish, in any order.
 
-    Items are taken when an actor is free for them, so any number of them needs little memory. Each
-    actor calls `make_worker()` once. An actor that dies is replaced and its item tried again; an
-    exception of the worker ends the map and is raised here. Raises PoisonItemError at the end when
-    an item killed MAX_KILLS actors. Workers must be safe to run twice on one item.
+    Items are taken when a worker is free for them, so any number of them needs little memory. Each
+    worker calls `make_worker()` once. `min_actors` are asked for at once, more up to `num_actors`
+    while items wait, as many again as there are each time: a cluster that can grow then does, on
+    one that can't the rest stays pending. Workers with nothing left to do are ended.
+
+    A worker that dies is replaced and its item tried again, or what `after_kill` says instead; when
+    that is None the item is given up, and PoisonItemError raised at the end. An exception of the
+    worker ends the map and is raised here. Workers must be safe to run twice on one item.
     """
-    waiting = ((item, 0) for item in items)
-    again = deque(islice(waiting, 1))
-    """Items to take first, and how many actors each has killed."""
-    if not again:
+    waiting = _Waiting(items)
+    if not waiting:
         return
     start_ray(num_actors)
-    import ray
-
-    actor_class = _actor_class(gpus_per_actor)
-    num_actors = min(num_actors, _room(gpus_per_actor))
+    pool = _Pool(make_worker, gpus_per_actor, cpus_per_actor, notes=after_kill is not None)
+    most = _most_actors(num_actors, gpus_per_actor, cpus_per_actor)
+    retry = after_kill or try_again
     poison: list[str] = []
-    idle: list[Any] = []
-    running: dict[Any, tuple[Item, int, Any]] = {}
     try:
-        while True:
-            while len(running) < num_actors:
-                again = again or deque(islice(waiting, 1))
-                if not again:
-                    break
-                item, kills = again.popleft()
-                actor = idle.pop() if idle else actor_class.remote(make_worker)
-                running[actor.work.remote(item)] = (item, kills, actor)
-            if not running:
-                break
-            [done], _ = ray.wait(list(running), num_returns=1)
-            item, kills, actor = running.pop(done)
-            try:
-                result = _result(done)
-            except ray.exceptions.RayActorError as error:
-                log.warning("a worker died on %s: %s", item, error)
-                if kills + 1 < MAX_KILLS:
-                    again.append((item, kills + 1))
-                else:
-                    poison.append(str(item))
+        while waiting or pool.running:
+            pool.resize(min(most, len(pool.running) + waiting.at_least(most)), min_actors)
+            while waiting and pool.idle:
+                pool.give(waiting.take())
+            ended = pool.next_end()
+            if ended is None:
                 continue
-            idle.append(actor)
-            yield item, result
+            task, result = ended
+            if isinstance(result, _Died):
+                log.warning("a worker died on %s; %s", task.item, WHY)
+                again = retry(task.item, task.kills + 1, result.last_note)
+                if again is None:
+                    poison.append(str(task.item))
+                else:
+                    waiting.put_back(_Task(again, task.kills + 1))
+                continue
+            yield task.item, result
     finally:
-        for actor in [*idle, *(actor for _, _, actor in running.values())]:
-            ray.kill(actor)
+        pool.end()
     if poison:
         raise PoisonItemError(
-            f"workers died {MAX_KILLS} times on: {', '.join(poison)}; all other items are done. "
-            "If memory ran out, use fewer actors or smaller batches; else look at these items"
+            f"workers died {MAX_KILLS} times or more on: {', '.join(poison)}; all other items are "
+            "done. If memory ran out, use fewer actors or smaller batches; else look at these items"
         )
+
+
+@dataclass(frozen=True)
+class _Task(Generic[Item]):
+    item: Item
+    kills: int = 0
+
+
+@dataclass(frozen=True)
+class _Died:
+    last_note: Any
+
+
+class _Waiting(Generic[Item]):
+    """Items still to be done, those of dead workers first; read no further than needed."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self.ahead: deque[_Task[Item]] = deque()
+        self.rest = (_Task(item) for item in items)
+
+    def at_least(self, count: int) -> int:
+        """`count`, or how many wait if those are fewer."""
+        self.ahead.extend(islice(self.rest, max(0, count - len(self.ahead))))
+        return min(count, len(self.ahead))
+
+    def __bool__(self) -> bool:
+        return self.at_least(1) > 0
+
+    def take(self) -> _Task[Item]:
+        return self.ahead.popleft()
+
+    def put_back(self, task: _Task[Item]) -> None:
+        self.ahead.appendleft(task)
+
+
+class _Worker(NamedTuple):
+    number: int
+    actor: Any
+
+
+class _Pool:
+    """Workers that are starting, idle, or at work."""
+
+    def __init__(
+        self, make_worker: MakeWorker[Any, Any], gpus: float, cpus: float, notes: bool
+    ) -> None:
+        self.make_worker = make_worker
+        self.actor_class = _actor_class(gpus, cpus)
+        self.notes = _notes_actor() if notes else None
+        self.starting: dict[Any, _Worker] = {}
+        self.idle: list[_Worker] = []
+        self.running: dict[Any, tuple[_Task[Any], _Worker]] = {}
+        self.started = self.dead_starts = 0
+
+    def resize(self, wanted: int, at_once: int) -> None:
+        """Towards `wanted` workers: to `at_once` immediately, then by as many as there are."""
+        ready = len(self.idle) + len(self.running)
+        step = max(at_once - ready, ready, 1)
+        while len(self.starting) < min(step, wanted - ready):
+            self.started += 1
+            actor = self.actor_class.remote(self.make_worker, self.started, self.notes)
+            self.starting[actor.start.remote()] = _Worker(self.started, actor)
+        while self.starting and len(self.starting) > wanted - ready:
+            _kill(self.starting.popitem()[1])
+        while self.idle and len(self.idle) + len(self.running) > wanted:
+            _kill(self.idle.pop())
+
+    def give(self, task: _Task[Any]) -> None:
+        worker = self.idle.pop()
+        self.running[worker.actor.work.remote(task.item)] = (task, worker)
+
+    def next_end(self) -> tuple[_Task[Any], Any] | None:
+        """What ends next: an item with its result or _Died, or None for the start of an actor."""
+        import ray
+
+        [done], _ = ray.wait([*self.running, *self.starting], num_returns=1)
+        if done in self.starting:
+            self._has_started(done)
+            return None
+        task, worker = self.running.pop(done)
+        try:
+            result = _result(done)
+        except ray.exceptions.RayActorError:
+            last = ray.get(self.notes.last.remote(worker.number)) if self.notes else None
+            return task, _Died(last)
+        self.idle.append(worker)
+        return task, result
+
+    def _has_started(self, done: Any) -> None:
+        import ray
+
+        worker = self.starting.pop(done)
+        try:
+            _result(done)
+        except ray.exceptions.RayActorError as error:
+            log.warning("a worker died while it started; %s", WHY)
+            self.dead_starts += 1
+            if self.dead_starts == MAX_DEAD_STARTS:
+                raise PoisonItemError(
+                    f"{MAX_DEAD_STARTS} workers in a row died while they started ({error}); look "
+                    "at their memory and at the cluster's logs"
+                ) from error
+            return
+        self.dead_starts = 0
+        self.idle.append(worker)
+
+    def end(self) -> None:
+        import ray
+
+        busy = (worker for _, worker in self.running.values())
+        for worker in [*self.idle, *self.starting.values(), *busy]:
+            _kill(worker)
+        if self.notes:
+            ray.kill(self.notes)
+
+
+def _kill(worker: _Worker) -> None:
+    import ray
+
+    ray.kill(worker.actor)
 
 
 def _result(reference: Any) -> Any:
@@ -144,33 +241,73 @@ def _result(reference: Any) -> Any:
         raise error.cause if isinstance(error.cause, Exception) else error from None
 
 
-def _room(gpus_per_actor: float) -> int:
-    """How many actors the cluster can hold: one that never starts would keep its item for ever."""
+def _most_actors(num_actors: int, gpus: float, cpus: float) -> int:
+    """No more than a cluster that never grows can hold."""
     import ray
 
-    resources = ray.cluster_resources()
-    room = int(resources.get("CPU", 1))
-    if gpus_per_actor:
-        room = min(room, int(resources.get("GPU", 0) / gpus_per_actor))
-    if room < 1:
+    room = room_for(gpus, cpus)
+    if room < 1 and is_private():
         raise ConfigError(
-            f"the Ray cluster has no room for an actor with {gpus_per_actor} GPUs: {resources}"
+            f"the Ray cluster has no room for an actor with {gpus:g} GPUs and {cpus:g} CPUs: "
+            f"{ray.cluster_resources()}"
         )
-    return room
+    if room < 1:
+        log.warning(
+            "the Ray cluster has no room yet for an actor with %g GPUs and %g CPUs; waiting for "
+            "it to grow (it has %s)",
+            gpus,
+            cpus,
+            ray.cluster_resources(),
+        )
+    return min(num_actors, room) if is_private() else num_actors
 
 
-def _actor_class(gpus_per_actor: float) -> Any:
+class _Notes:
+    """The last note of each worker."""
+
+    def __init__(self) -> None:
+        from glipv2.pipeline.dist import die_with_parent
+
+        die_with_parent()
+        self.notes: dict[int, Any] = {}
+
+    def put(self, worker: int, value: Any) -> None:
+        self.notes[worker] = value
+
+    def last(self, worker: int) -> Any:
+        return self.notes.pop(worker, None)
+
+
+def _notes_actor() -> Any:
+    """On the driver's machine, so that it outlives the workers'."""
     import ray
 
-    @ray.remote(num_cpus=1, num_gpus=gpus_per_actor)
-    class Actor:
-        def __init__(self, make_worker: MakeWorker[Any, Any]) -> None:
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=True
+    )
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Notes).remote()
+
+
+def _actor_class(gpus: float, cpus: float) -> Any:
+    import ray
+
+    from glipv2.pipeline import ray_map
+
+    @ray.remote(num_cpus=cpus, num_gpus=gpus)
+    class Worker:
+        def __init__(self, make_worker: MakeWorker[Any, Any], number: int, notes: Any) -> None:
             from glipv2.pipeline.dist import die_with_parent
 
             die_with_parent()
-            self.worker = make_worker()
+            self.make_worker = make_worker
+            if notes is not None:
+                ray_map._note = lambda value: ray.get(notes.put.remote(number, value))
+
+        def start(self) -> None:
+            """Apart from the constructor, whose exceptions would look like a death."""
+            self.work_on = self.make_worker()
 
         def work(self, item: Any) -> Any:
-            return self.worker(item)
+            return self.work_on(item)
 
-    return Actor
+    return Worker

@@ -7,7 +7,6 @@ the commit record, which exactly one writer can do -> rename the winner's attemp
 """
 
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,6 +19,7 @@ from glipv2.pipeline import storage
 from glipv2.pipeline.errors import BadSample, DataError
 from glipv2.pipeline.record_json import parse_record, record_members
 from glipv2.pipeline.records import Record
+from glipv2.pipeline.scratch import scratch_folder
 from glipv2.pipeline.shard_format import (
     KEY,
     MANIFEST,
@@ -60,6 +60,7 @@ __all__ = [
     "read_index",
     "read_raw",
     "record_members",
+    "remove_attempts",
     "shard_name",
     "write_manifest",
     "write_raw_shard",
@@ -119,8 +120,8 @@ def write_raw_shard(
     done = committed_shard(url, name)
     if done is not None:
         return done
-    with tempfile.TemporaryDirectory(prefix="glipv2-") as folder:
-        tar = Path(folder) / f"{name}.tar"
+    with scratch_folder() as folder:
+        tar = folder / f"{name}.tar"
         _write_tar(tar, samples)
         attempt = _upload_attempt(url, name, tar)
         record = _commit_record(name, tar, stats or {})
@@ -178,9 +179,24 @@ def write_manifest(
     content = manifest_content(tuple(shards), tuple(categories), info)
     manifest = {**content, "digest": storage.digest(content)}
     storage.write_bytes(storage.join(url, MANIFEST), storage.canonical_json(manifest))
-    for leftover in storage.list_names(storage.join(url, "attempts")):
-        storage.delete(_attempt_url(url, leftover.removesuffix(".tar")))
+    remove_attempts(url)
     return open_shard_set(url)
+
+
+def remove_attempts(url: str) -> int:
+    """Delete what killed writers left in a set's folder; how many files that were.
+
+    A writer that is still at work then fails and can be run again.
+    """
+    attempts = storage.join(url, "attempts")
+    cut_off = [name for name in storage.list_names(url) if name.startswith(storage.ATTEMPT)]
+    leftovers = [
+        *(storage.join(attempts, name) for name in storage.list_names(attempts)),
+        *(storage.join(url, name) for name in cut_off),
+    ]
+    for leftover in leftovers:
+        storage.delete(leftover)
+    return len(leftovers)
 
 
 def _checked_members(record: Record) -> RawSample:
@@ -207,8 +223,8 @@ def _write_tar(path: Path, samples: Iterable[RawSample]) -> None:
 
 
 def _tar_crc32c(records: list[Record]) -> str:
-    with tempfile.TemporaryDirectory(prefix="glipv2-") as folder:
-        tar = Path(folder) / "again.tar"
+    with scratch_folder() as folder:
+        tar = folder / "again.tar"
         _write_tar(tar, map(_checked_members, records))
         return storage.file_crc32c(str(tar))
 

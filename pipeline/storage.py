@@ -23,6 +23,8 @@ from glipv2.pipeline.errors import ConfigError, DataError, UserError
 from glipv2.pipeline.retries import has_no_bucket, is_of_store, reason
 
 CHUNK = 16 * 2**20
+ATTEMPT = ".attempt-"
+"""How the names of files begin that are not yet complete."""
 
 
 def join(url: str, *parts: str) -> str:
@@ -241,7 +243,7 @@ def _local_attempt(url: str, data: bytes) -> Iterator[str]:
     """A synced temporary file next to the target; gone afterwards unless it was renamed."""
     path = local_path(url)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    handle, attempt = tempfile.mkstemp(prefix=".attempt-", dir=os.path.dirname(path))
+    handle, attempt = tempfile.mkstemp(prefix=ATTEMPT, dir=os.path.dirname(path))
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,40 @@ def test_a_glip_file_becomes_a_folder_and_the_same_file_again(
     written = torch.load(again, weights_only=True)["model"]
     assert written.keys() == stored.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in stored.items())
+
+
+def test_a_bare_file_of_halves_comes_back_bit_for_bit_from_a_run_a_step_and_a_plain_folder(
+    tensors: dict[str, Tensor], vocab: Path, tmp_path: Path
+) -> None:
+    stored = {name: tensor.half() for name, tensor in tensors.items()}
+    stored["rpn.head.bias0"] = stored["rpn.head.bias0"].bfloat16()  # each has its own type
+    torch.save(stored, tmp_path / "glip.pth")  # the tensors alone, with no dictionary around
+    run, plain, again = tmp_path / "run", tmp_path / "plain", tmp_path / "again.pth"
+    step = run / "checkpoints" / "step-000007"
+    source = ["--from", "glip", str(tmp_path / "glip.pth"), "--vocab", str(vocab)]
+    assert main(["convert", *source, "--out", str(step)]) == 0
+    shutil.copytree(step, plain)
+    (plain / "COMMIT.json").unlink()
+    for folder in (run, step, plain):
+        assert main(["convert", "--to", "glip", str(folder), "--out", str(again)]) == 0
+        written = torch.load(again, weights_only=True)["model"]
+        assert written.keys() == stored.keys()
+        for name, tensor in stored.items():
+            assert written[name].dtype == tensor.dtype, name
+            assert torch.equal(written[name], tensor), name
+
+
+def test_numbers_that_would_not_come_back_are_refused(
+    tensors: dict[str, Tensor], vocab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine = tensors["rpn.head.bias0"].double() / 3
+    torch.save({"model": tensors | {"rpn.head.bias0": fine}}, tmp_path / "glip.pth")
+    source = ["--from", "glip", str(tmp_path / "glip.pth"), "--vocab", str(vocab)]
+    assert main(["convert", *source, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "1 tensors hold NaN or numbers that float32" in error
+    assert "save them as float32 first: rpn.head.bias0" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_does_not_fit_is_listed_and_nothing_is_written(
@@ -115,7 +150,8 @@ def test_files_that_hold_no_weights_are_refused_by_name(
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 4
         path.write_bytes(data[: len(data) // 2] if damage == "half" else data)
-    words = ["--vocab", str(vocab), "--preset", "tiny", "--out", str(tmp_path / "out")]
+    size = ["--preset", "tiny"] if kind == "timm-swin" else []
+    words = ["--vocab", str(vocab), *size, "--out", str(tmp_path / "out")]
     assert main(["convert", "--from", kind, str(path), *words]) == 2
     assert str(path) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -150,6 +186,11 @@ def test_encoders_from_elsewhere_start_a_model(tmp_path: Path) -> None:
         (["--from", "bert", "nowhere", "--preset", "tiny"], "holds neither model.safetensors"),
         (["--from", "glip", "nowhere.pth"], "nowhere.pth"),
         (["--from", "bert", "a", "--from", "bert", "b"], "names one kind twice"),
+        (["--from", "glip", "a", "--preset", "T"], "--preset goes with --from timm-swin or bert"),
+        (["--from", "glip", "a", "--seed", "0"], "--seed goes with --from timm-swin or bert"),
+        (["--from", "timm-swin", "a", "--ema"], "--ema goes with --from glip; it means nothing"),
+        (["--to", "glip", "a", "--vocab", "v"], "it means nothing for --to glip"),
+        (["--to", "glip", "nowhere"], "no checkpoint in nowhere: it is no folder, or empty"),
     ],
 )
 def test_mistakes_are_explained(

@@ -68,6 +68,30 @@ def test_questions_are_answered_and_missing_heads_named(
     assert "no head for captions" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [("--question", "is it red?"), ("--caption",)])
+@pytest.mark.parametrize("option", [("--threshold", 0.2), ("--masks",), ("--out", "x")])
+def test_options_about_boxes_are_refused_where_there_are_none(
+    folder: Path,
+    words: tuple[str, ...],
+    option: tuple[object, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ground(folder, *words, *option) == 2
+    said = capsys.readouterr().err
+    assert f"{option[0]} is about boxes: it goes with --text or --categories" in said
+    assert f"not with {words[0]}" in said
+
+
+def test_a_picture_of_another_kind_is_refused_in_words(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (20, 50), 90).save(folder / "c.gif")
+    assert ground(folder, "--caption", images=("c.gif",)) == 2
+    said = capsys.readouterr().err
+    assert "c.gif: of unknown format: neither JPEG, PNG nor WebP" in said
+    assert "image_format" not in said
+
+
 @pytest.mark.parametrize("threshold", [2, -1, "nan"])
 def test_a_threshold_that_is_no_probability_is_refused(
     folder: Path, threshold: object, capsys: pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ from page_parser import assert_self_contained, shown  # noqa: E402
 from glipv2.data_prep.toy import toy_record  # noqa: E402
 from glipv2.jobs.evaluate import cache_key  # noqa: E402
 from glipv2.pipeline.config_loader import load_config  # noqa: E402
-from glipv2.pipeline.ray_map import start_ray  # noqa: E402
+from glipv2.pipeline.ray_cluster import start_ray  # noqa: E402
 
 METRICS = {
     "caption_seen_ap50", "caption_unseen_ap50", "chunked_seen_ap50", "chunked_unseen_ap50",

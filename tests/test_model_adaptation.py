@@ -9,6 +9,7 @@ from glipv2.model.batch import NO_CATEGORY, NO_WORD, Batch
 from glipv2.model.config import ModelConfig, Tune, preset
 from glipv2.model.glip import GLIPv2, build_model
 from glipv2.pipeline.config import TrainConfig
+from glipv2.pipeline.config_loader import config_from_tree
 from glipv2.pipeline.optim import build_optimizer
 
 PLAIN = dataclasses.replace(preset("tiny"), masked_words=False, contrast=False)
@@ -152,3 +153,20 @@ def test_answers_in_another_order_are_another_head() -> None:
 def test_models_that_compute_differently_are_refused(config: ModelConfig, field: str) -> None:
     with pytest.raises(ValueError, match=field):
         adopt(build_model(PLAIN, seed=0), build_model(config, seed=0))
+
+
+def test_the_refusal_names_both_values_and_its_cure_is_a_recipes() -> None:
+    encoder = dataclasses.replace(PLAIN.image_encoder, depths=(1, 1, 2, 1))
+    config = dataclasses.replace(PLAIN, glip_compatible=True, image_encoder=encoder)
+    source = build_model(config, seed=0)
+    with pytest.raises(ValueError, match="the models differ") as caught:
+        adopt(build_model(PLAIN, seed=0), source)
+    message = str(caught.value)
+    assert "model.glip_compatible is false here and true there" in message
+    cure = message.partition("Set ")[2].partition(", which")[0]
+    assert sorted(cure.split()) == [
+        "model.glip_compatible=true",
+        "model.image_encoder.depths=[1,1,2,1]",
+    ]
+    mended = config_from_tree({"run_dir": "r", "model": {"preset": "tiny"}}, cure.split()).model
+    adopt(build_model(mended, seed=0), source)

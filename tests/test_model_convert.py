@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from glip_weights import generated_weights
+from timm.models.swin_transformer import checkpoint_filter_fn
 from torch import Tensor
 from transformers import BertForMaskedLM, BertModel
 
@@ -90,6 +92,22 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(original: dict[str, 
     assert "backbone.fpn.fpn_inner2.bias has shape (7,), not (64,)" in message
 
 
+def test_of_many_tensors_that_do_not_fit_ten_are_named_and_all_counted(
+    original: dict[str, Tensor],
+) -> None:
+    tensors = {name: tensor for name, tensor in original.items() if ".norm1." not in name}
+    missing = len(original) - len(tensors)
+    tensors |= {f"zebra.{n}": torch.zeros(1) for n in range(4)}
+    tensors["rpn.head.bias0"] = torch.zeros(2)
+    with pytest.raises(ValueError, match="tensors do not fit") as caught:
+        converted(tensors)
+    head, *lines = str(caught.value).splitlines()
+    assert missing > 10
+    assert head.startswith(f"{missing + 5} tensors do not fit")
+    assert f"({missing} missing, 4 not expected, 1 of another shape)" in head
+    assert len(lines) == 11 and lines[-1].strip() == f"and {missing - 5} more"
+
+
 def test_another_window_index_than_glips_is_refused(original: dict[str, Tensor]) -> None:
     name = "backbone.body.layers.0.blocks.0.attn.relative_position_index"
     with pytest.raises(ValueError, match=name):
@@ -167,6 +185,33 @@ def test_timms_swin_gives_the_same_features_as_in_timm() -> None:
     ours.swin.layers[3].register_forward_hook(lambda _m, _i, output: stages.append(output))
     ours(image, torch.tensor([[224, 224]]))
     torch.testing.assert_close(stages[0].permute(0, 3, 1, 2), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_microsofts_swin_gives_what_timm_makes_of_it(prefix: str) -> None:
+    sizes = {"embed_dim": 24, "depths": (1, 2, 2, 1), "num_heads": (2, 2, 4, 4)}
+    theirs = timm.create_model("swin_tiny_patch4_window7_224", img_size=224, **sizes)
+    microsoft = {}  # its classifier is `head`, and a stage that halves does so at its end
+    for name, tensor in theirs.state_dict().items():
+        stage = re.match(r"layers\.(\d)\.downsample", name)
+        old = stage and f"layers.{int(stage[1]) - 1}.downsample" + name[stage.end() :]
+        microsoft[old or name.replace("head.fc.", "head.")] = torch.rand_like(tensor)
+    expected = checkpoint_filter_fn(dict(microsoft), theirs)
+    config = dataclasses.replace(preset("tiny").image_encoder, window=7, **sizes)
+    ours = {f"image_encoder.{n}": t for n, t in ImageEncoder(config).state_dict().items()}
+    microsoft["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49)
+    found = swin_from_timm({prefix + name: t for name, t in microsoft.items()}, ours)
+    assert len(found) == sum(name.startswith("image_encoder.swin.") for name in ours)
+    for name, tensor in found.items():
+        wanted = expected[name.removeprefix("image_encoder.swin.")]
+        assert torch.equal(tensor, wanted.flip(1) if "patch_embed.proj.weight" in name else wanted)
+
+
+def test_other_layouts_of_swin_are_told_which_file_to_take() -> None:
+    ours = shapes_of(preset("tiny"))
+    tensors = {"swin.encoder.layers.0.blocks.0.attention.self.query.weight": torch.zeros(2, 2)}
+    with pytest.raises(ValueError, match=r"neither timm's Swin nor Microsoft's.* take model"):
+        swin_from_timm(tensors, ours)
 
 
 def text_config() -> TextEncoderConfig:

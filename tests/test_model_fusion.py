@@ -94,14 +94,15 @@ def test_dropout_removes_its_share_of_both_directions(dropout: float) -> None:
     torch.nn.init.ones_(attention.image_out.weight)
     torch.nn.init.ones_(attention.text_out.weight)
     mask = torch.ones(1, tokens, dtype=torch.bool)
-    image, text = attention(
-        torch.zeros(1, locations, DV).double(), torch.zeros(1, tokens, DT).double(), mask
-    )
+    silent = torch.zeros(1, locations, DV).double(), torch.zeros(1, tokens, DT).double(), mask
+    image, text = attention(*silent)
     # Probabilities are 1/tokens or 1/locations; each sum has `draws` of them, kept by chance.
     draws = locations * tokens * HEADS
     error = 5 * (dropout / (1 - dropout) / draws) ** 0.5
     assert image.mean().item() - 1 == pytest.approx(1, abs=error)
     assert text.mean().item() == pytest.approx(1, abs=error)
+    alone = attention(*silent, image_reads_text=False)[1]
+    assert alone.mean().item() == pytest.approx(1, abs=error) and not torch.equal(alone, text)
     spread = (dropout / (1 - dropout) / (tokens * HEADS)) ** 0.5
     assert image.std().item() == pytest.approx(spread, rel=0.1)
 

@@ -15,7 +15,7 @@ from glipv2.model.boxes import pairwise_iou
 from glipv2.model.config import InputConfig, preset
 from glipv2.model.glip import build_model
 from glipv2.model.grounder import Grounder
-from glipv2.model.mask_head import predict_masks
+from glipv2.model.mask_head import paste_masks, region_masks
 from glipv2.model.prompts import category_prompt, token_map
 from glipv2.model.tokenizer import Tokenizer, tiny_vocab
 from glipv2.model.weights import model_files
@@ -82,9 +82,13 @@ def test_a_saved_model_finds_the_same(
         (tmp_path / name).write_bytes(data)
     expected = grounder.detect(images[:2], NAMES)
     assert_same(Grounder.load(str(tmp_path)).detect(images[:2], NAMES), expected)
-    rough = Grounder.load(f"file://{tmp_path}", precision="bfloat16").detect(images[:2], NAMES)
-    for a, b in zip(rough, expected, strict=True):
-        assert 0 < (a.scores_K[:20] - b.scores_K[:20]).abs().max() < 0.02
+    for precision, error in (("bf16", 0.02), ("fp16", 0.002)):
+        rough = Grounder.load(f"file://{tmp_path}", precision=precision).detect(images[:2], NAMES)
+        for a, b in zip(rough, expected, strict=True):
+            assert 0 < (a.scores_K[:20] - b.scores_K[:20]).abs().max() < error
+    for precision in ("float16", "bfloat16", "double", "__name__"):
+        with pytest.raises(ValueError, match="must be one of fp32, bf16, fp16, not"):
+            Grounder.load(str(tmp_path), precision=precision)
     (tmp_path / "vocab.txt").unlink()
     with pytest.raises(ValueError, match="no vocab.txt"):
         Grounder.load(str(tmp_path))
@@ -229,14 +233,9 @@ def test_masks_are_those_of_the_mask_head_in_pixels_of_the_image(
         phrase_tokens = torch.from_numpy(token_map(tokens, words.spans))
         own = torch.tensor([name in chunk for name in found.phrases])
         labels = torch.tensor([chunk.index(n) for n in found.phrases if n in chunk])
-        expected = predict_masks(
-            grounder.model,
-            outputs,
-            [phrase_tokens],
-            [found.boxes_K4[own]],
-            [labels],
-            torch.tensor([[64, 96]]),
-        )[0]
+        boxes_K4 = found.boxes_K4[own]
+        (maps,) = region_masks(grounder.model, outputs, [phrase_tokens], [boxes_K4], [labels])
+        expected = paste_masks(maps, boxes_K4, 64, 96)
         assert own.any() and expected.any()
         assert (found.masks_KHW[own] != expected).float().mean() < 1e-4
 
@@ -294,6 +293,37 @@ def test_calls_that_make_no_sense_are_refused(grounder: Grounder, images: list[T
         grounder.detect(images, NAMES, batch_size=-1)
     with pytest.raises(ValueError, match="images must be a list"):
         grounder.detect(images[0], NAMES)
+    with pytest.raises(TypeError, match="images must be a list, not of type generator"):
+        grounder.detect((image for image in images), NAMES)
+    for top in (0, -1):
+        with pytest.raises(ValueError, match=f"top must be at least 1, not {top}"):
+            grounder.answer(images[:1], ["what is it?"], top=top)
     with pytest.raises(ValueError, match="image 1: NaN"):
         grounder.detect([images[0], torch.full((3, 8, 8), torch.nan)], NAMES)
     assert grounder.detect([], NAMES) == grounder.ground([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "texts", "message"),
+    [
+        ("ground", ["rbc", None], "caption 1, of type NoneType, must be a text or a pair"),
+        ("ground", ["rbc", (None, [])], "caption 1: text 0 of 1 is of type NoneType, not a text"),
+        ("ground", ["rbc", ("a ring", None)], "caption 1, of type tuple, .*each phrase its words"),
+        ("ground", ["rbc", ("a ring", [(2, 6)])], "caption 1, of type tuple"),
+        ("ground", ["rbc", ("a ring", [[(2, 9)]])], r"caption 1: span \[2, 9\) is outside"),
+        ("ground", None, "as many captions, not of type NoneType"),
+        ("answer", ["how many", None], "question 1 of 2 is of type NoneType, not a text"),
+        ("answer", ["how many", 3], "question 1 of 2 is of type int"),
+        ("detect", [None], "category 0 of 1 is of type NoneType, not a text"),
+        ("detect", ["rbc", 7], "category 1 of 2 is of type int"),
+        ("detect", [["rbc"], ["ring", None]], "image 1: category 1 of 2 is of type NoneType"),
+        ("detect", [["rbc"], None], "category list 1 is of type NoneType, not a list"),
+        ("detect", [["rbc"], "ring"], "category list 1 is of type str, not a list"),
+        ("detect", None, "categories must be a list, not of type NoneType"),
+    ],
+)
+def test_what_is_no_text_is_named_with_its_place(
+    grounder: Grounder, images: list[Tensor], method: str, texts: object, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(grounder, method)(images[:2], texts)

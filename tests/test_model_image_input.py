@@ -78,21 +78,28 @@ def test_grey_sixteen_bit_palette_alpha_cmyk_and_turned_images_are_read() -> Non
         (Image.new("RGB", (0, 3)), "0x3 pixels"),
         (Image.new("F", (2, 2)), "floats of unknown range"),
         (b"GIF89a" + b"\0" * 20, "neither JPEG, PNG nor WebP"),
-        (encoded(Image.fromarray(PIXELS))[:60], "image_undecodable"),
-        ("no/such/file.png", "No such file"),
+        (encoded(Image.fromarray(PIXELS))[:60], "can't be decoded"),
+        ("no/such/file.png", "no/such/file.png: no such file"),
+        ("memory://no/such.png", "memory://no/such.png: no such file"),
+        ("/", "/: Is a directory"),
         ("pipe://whoami", "is not a place"),
         ("file:///x::http://y", "is not a place"),
         (7, "int is no image"),
     ],
 )
 def test_what_can_not_be_read_is_named_with_its_place(image: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"image 1: .*{message}"):
+    with pytest.raises(ValueError, match=f"image 1: .*{message}") as caught:
         list(read_images([EXPECTED, image]))
+    assert "image_" not in str(caught.value)  # the pipeline's codes of reasons
+    assert "Errno" not in str(caught.value)
 
 
 def test_one_image_is_no_list() -> None:
     for image in (EXPECTED, PIXELS, b"", "a.png", Path("a.png"), Image.new("L", (1, 1))):
         with pytest.raises(ValueError, match="must be a list"):
             image_count(image)
+    for images in ((image for image in [EXPECTED]), None, 7):
+        with pytest.raises(TypeError, match=r"images must be a list, not of type \w+; list\(...\)"):
+            image_count(images)
     assert image_count([EXPECTED]) == 1
     assert image_count(EXPECTED[None]) == 1

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from glipv2.model.batch import NO_CATEGORY, NO_WORD, UNKNOWN_MASK, Batch, Collectives, Outputs
 from glipv2.model.config import LossWeights, ModelConfig, preset
 from glipv2.model.glip import GLIPv2, build_model
-from glipv2.model.mask_head import mask_loss, paste_masks, phrases, predict_masks
+from glipv2.model.mask_head import mask_loss, paste_masks, phrases, region_masks
 from glipv2.model.regions import (
     MAX_PREDICTED,
     pick_mask_regions,
@@ -294,17 +294,23 @@ def ask(batch: Batch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 
 def test_masks_of_a_batch_are_those_of_its_images_one_by_one(model: GLIPv2) -> None:
     batch = make_batch()
+    tokens, boxes, labels = ask(batch)
     with torch.inference_mode():
-        together = predict_masks(model, predict(model, batch), *ask(batch), batch.sizes_B2)
-        for b, masks_KHW in enumerate(together):
+        together = region_masks(model, predict(model, batch), tokens, boxes, labels)
+        for b, maps_KSS in enumerate(together):
             one = rows(batch, slice(b, b + 1))
-            (alone,) = predict_masks(model, predict(model, one), *ask(one), one.sizes_B2)
-            assert masks_KHW.dtype == torch.bool
-            assert masks_KHW.shape[1:] == tuple(batch.sizes_B2[b].tolist())
-            assert torch.equal(masks_KHW, alone)
+            (alone,) = region_masks(model, predict(model, one), *ask(one))
+            assert maps_KSS.shape == (len(boxes[b]), 28, 28)
+            torch.testing.assert_close(maps_KSS, alone, rtol=0, atol=1e-5)
+            height, width = batch.sizes_B2[b].tolist()
+            masks_KHW, own_KHW = (
+                paste_masks(x, boxes[b], height, width) for x in (maps_KSS, alone)
+            )
+            assert masks_KHW.dtype == torch.bool and masks_KHW.shape[1:] == (height, width)
+            assert torch.equal(masks_KHW, own_KHW)
             assert torch.equal(masks_KHW[-1], masks_KHW[-2])
             assert masks_KHW.any()
-    assert [len(masks) for masks in together] == [4, 3]
+    assert [len(maps) for maps in together] == [4, 3]
 
 
 def test_a_phrase_without_tokens_and_an_image_without_boxes_have_no_mask(model: GLIPv2) -> None:
@@ -314,11 +320,10 @@ def test_a_phrase_without_tokens_and_an_image_without_boxes_have_no_mask(model: 
     labels[0] = torch.tensor([0, 3, 3, 1])
     boxes[1], labels[1] = boxes[1][:0], labels[1][:0]
     with torch.inference_mode():
-        first, second = predict_masks(
-            model, predict(model, batch), tokens, boxes, labels, batch.sizes_B2
-        )
+        first, second = region_masks(model, predict(model, batch), tokens, boxes, labels)
     assert first.flatten(1).any(dim=1).tolist() == [True, False, False, True]
-    assert second.shape == (0, 60, 90)
+    assert second.shape == (0, 28, 28)
+    assert paste_masks(second, boxes[1], 60, 90).shape == (0, 60, 90)
 
 
 def test_masks_of_a_shorter_text_need_no_padded_columns(model: GLIPv2) -> None:
@@ -326,11 +331,9 @@ def test_masks_of_a_shorter_text_need_no_padded_columns(model: GLIPv2) -> None:
     tokens, boxes, labels = ask(batch)
     with torch.inference_mode():
         outputs = predict(model, batch)
-        long = predict_masks(model, outputs, tokens, boxes, labels, batch.sizes_B2)
+        long = region_masks(model, outputs, tokens, boxes, labels)
         short = [x[:, :9] for x in tokens]
-        for one, two in zip(
-            predict_masks(model, outputs, short, boxes, labels, batch.sizes_B2), long, strict=True
-        ):
+        for one, two in zip(region_masks(model, outputs, short, boxes, labels), long, strict=True):
             assert torch.equal(one, two)
 
 
@@ -339,4 +342,4 @@ def test_a_model_without_a_mask_head_says_so() -> None:
     model = build_model(config, seed=0).eval()
     batch = make_batch()
     with torch.inference_mode(), pytest.raises(ValueError, match=r"no mask head.*model\.masks"):
-        predict_masks(model, predict(model, batch), *ask(batch), batch.sizes_B2)
+        region_masks(model, predict(model, batch), *ask(batch))

@@ -13,7 +13,7 @@ from glipv2.data_prep.toy import toy_categories, toy_records
 from glipv2.model.batch import Batch
 from glipv2.model.config import LossWeights, preset
 from glipv2.model.glip import GLIPv2, build_model
-from glipv2.model.mask_head import paste_masks, predict_masks
+from glipv2.model.mask_head import paste_masks, region_masks
 from glipv2.model.tokenizer import Tokenizer, tiny_vocab
 from glipv2.pipeline import shards
 from glipv2.pipeline.config import DataConfig
@@ -83,4 +83,5 @@ def _predicted(model: GLIPv2, batch: Batch) -> list[Tensor]:
     boxes = [boxes_N4[row] for boxes_N4, row in zip(batch.boxes_BN4, rows, strict=True)]
     tokens = [words_NT[row] for words_NT, row in zip(batch.positive_BNT, rows, strict=True)]
     labels = [torch.arange(len(x)) for x in boxes]
-    return predict_masks(model, outputs, tokens, boxes, labels, batch.sizes_B2)
+    maps = region_masks(model, outputs, tokens, boxes, labels)
+    return [paste_masks(x_KSS, own, SIDE, SIDE) for x_KSS, own in zip(maps, boxes, strict=True)]

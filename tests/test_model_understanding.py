@@ -60,6 +60,21 @@ def word_logits(model: GLIPv2, batch: Batch, tokens_BT: Tensor, causal: bool) ->
         return model.caption_head(outputs.fused_words_BTD)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_words_are_fused_alone_as_they_are_with_the_boxes(model: GLIPv2, causal: bool) -> None:
+    batch = make_batch("vqa")
+    text = batch.tokens_BT, batch.token_mask_BT
+    found = []
+    for alone in (False, True):
+        pyramid = model.encode_images(batch.images_B3HW, batch.sizes_B2)
+        words = model.encode_words(*text, causal)
+        inputs = pyramid, words, batch.token_mask_BT, causal
+        fused = model.fuse_words(*inputs) if alone else model.fuse(*inputs).fused_words_BTD
+        found.append([fused, *torch.autograd.grad(fused.cos().sum(), [*pyramid, words])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("t", [1, 3, 5])
 def test_no_word_hears_a_later_one_unless_attention_is_open(model: GLIPv2, t: int) -> None:
     batch = make_batch("captioning", slice(2, 3))
@@ -197,7 +212,7 @@ def test_a_batch_for_a_head_that_is_missing_is_refused(model: GLIPv2) -> None:
 def test_answers_come_best_first_and_do_not_depend_on_the_batch(model: GLIPv2) -> None:
     def ask(batch: Batch, top: int) -> list[list[tuple[str, float]]]:
         inputs = (batch.images_B3HW, batch.sizes_B2, batch.tokens_BT, batch.token_mask_BT)
-        return answer(model, model.predict(*inputs), top)
+        return answer(model, model.predict(*inputs).fused_words_BTD, top)
 
     together = ask(make_batch("vqa"), top=9)
     for row in together:

@@ -160,7 +160,7 @@ def test_questions_about_new_scenes_are_answered(model: GLIPv2, held_out: list[S
         outputs = model.predict(
             batch.images_B3HW, batch.sizes_B2, batch.tokens_BT, batch.token_mask_BT
         )
-    given = [best[0][0] for best in answer(model, outputs)]
+    given = [best[0][0] for best in answer(model, outputs.fused_words_BTD)]
     for kind in (0, 1):
         truth = [scene.answers[kind] for scene in held_out[kind::2]]
         right = np.mean([a == b for a, b in zip(given[kind::2], truth, strict=True)])

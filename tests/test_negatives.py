@@ -77,7 +77,9 @@ def test_negatives_stop_at_the_token_budget_and_positives_come_first():
 
 
 def test_a_packed_caption_keeps_its_spans_and_fits_the_budget():
-    settings = Negatives(max_categories=1, full_share=0.5, packing=0.6, max_captions=4)
+    settings = Negatives(
+        max_categories=1, full_share=0.5, packing=0.6, max_captions=4, pack_gold=True
+    )
     rng = np.random.default_rng(0)
     neighbours = [f"this is neighbour number {n}." for n in range(9)]
     packed = Counter()
@@ -97,6 +99,22 @@ def test_a_packed_caption_keeps_its_spans_and_fits_the_budget():
             grounding(number), neighbours, lambda t: len(t.split()), 20, settings, rng
         )
         assert text.prompt.text.count("neighbour") <= 1
+
+
+def test_captions_whose_boxes_people_drew_are_packed_on_request_only():
+    neighbours = ["a neighbour"] * 3
+    web, gold = (record("grounding", "a dog", spans=((2, 5),), score=s) for s in (0.7, 1.0))
+
+    def packed(made, pack_gold):
+        settings = Negatives(
+            max_categories=1, full_share=0.5, packing=1.0, max_captions=3, pack_gold=pack_gold
+        )
+        rng = np.random.default_rng(0)
+        text = caption_text(made, neighbours, lambda t: len(t.split()), 40, settings, rng)
+        return "neighbour" in text.prompt.text
+
+    found = [packed(made, pack_gold) for made in (web, gold) for pack_gold in (True, False)]
+    assert found == [True, True, True, False]
 
 
 def drawn(record, ids=None, count=60):

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glipv2.data_prep.noun_phrases import MAX_WORDS, noun_phrases
+from glipv2.data_prep.noun_phrases import noun_phrases
 from glipv2.data_prep.toy import toy_records
+from glipv2.pipeline.config import PhraseConfig
 
 PIECES = (
     "a",
@@ -74,7 +75,7 @@ def test_real_alt_texts_give_their_main_things():
 
 def test_a_phrase_never_grows_without_bound():
     (phrase,) = noun_phrases("dog " * 40)
-    assert len(phrase.text.split()) == MAX_WORDS
+    assert len(phrase.text.split()) == PhraseConfig().max_words
 
 
 @settings(max_examples=300, deadline=None)

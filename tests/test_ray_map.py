@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from glipv2.pipeline.errors import ConfigError, DataError, PoisonItemError
-from glipv2.pipeline.ray_map import map_in_process, map_on_ray, start_ray
+from glipv2.pipeline.ray_cluster import start_ray
+from glipv2.pipeline.ray_map import map_in_process, map_on_ray, note
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,6 +87,71 @@ def test_actors_that_the_cluster_can_never_hold_are_refused(tmp_path: Path) -> N
     make = ship(make_reporter, tmp_path)
     with pytest.raises(ConfigError, match="no room for an actor with 1000 GPUs"):
         list(map_on_ray(make, [1], num_actors=1, gpus_per_actor=1000))  # type: ignore[arg-type]
+
+
+def make_noter(folder: str) -> Callable[[range], int]:
+    """A worker that notes each number of a range before it works on it, and dies of 7."""
+
+    def add(numbers: range) -> int:
+        for number in numbers:
+            note(number)
+            if number == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return sum(numbers)
+
+    return add
+
+
+def test_what_a_worker_noted_last_is_known_after_its_death(tmp_path: Path) -> None:
+    seen = []
+
+    def without_the_killer(numbers: range, kills: int, last_note: int) -> range | None:
+        seen.append((numbers, kills, last_note))
+        return range(numbers.start, last_note) if kills < 2 else None
+
+    items = [range(3), range(5, 9), range(10, 12)]
+    make = ship(make_noter, tmp_path)
+    done = dict(map_on_ray(make, items, num_actors=2, after_kill=without_the_killer))  # type: ignore[arg-type]
+    assert seen == [(range(5, 9), 1, 7)]
+    assert done == {range(3): 3, range(5, 7): 11, range(10, 12): 21}
+
+
+def make_crowded(folder: str) -> Callable[[int], int]:
+    """A worker that notes its process, and ends an item only when enough others are at work."""
+    here = Path(folder) / f"worker-{os.getpid()}"
+    here.touch()
+
+    def wait(needed: int) -> int:
+        deadline = time.monotonic() + 60
+        while (count := len(list(here.parent.glob("worker-*")))) < needed:
+            assert time.monotonic() < deadline, count
+            time.sleep(0.02)
+        return count
+
+    return wait
+
+
+def test_the_pool_grows_while_items_wait_and_never_past_its_most(tmp_path: Path) -> None:
+    start_ray(2)
+    import ray
+
+    most = int(ray.cluster_resources()["CPU"])
+    make = ship(make_crowded, tmp_path)
+    done = [n for _, n in map_on_ray(make, [1, *[most] * 5], num_actors=99, min_actors=1)]  # type: ignore[arg-type]
+    assert max(done) == most and len(done) == 6
+    (few := tmp_path / "few").mkdir()
+    make = ship(make_crowded, few)
+    assert max(n for _, n in map_on_ray(make, [1] * 6, num_actors=1)) == 1  # type: ignore[arg-type]
+
+
+def make_stillborn(folder: str) -> Callable[[int], int]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return len
+
+
+def test_workers_that_die_while_they_start_end_the_map(tmp_path: Path) -> None:
+    with pytest.raises(PoisonItemError, match="5 workers in a row died while they started"):
+        list(map_on_ray(ship(make_stillborn, tmp_path), [1], num_actors=1))  # type: ignore[arg-type]
 
 
 def test_the_same_work_runs_without_ray(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from glipv2.jobs.cli import COMMANDS, EXAMPLES, parse
+from glipv2.pipeline.config_loader import load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -53,6 +54,21 @@ def test_every_command_is_shown() -> None:
 )
 def test_every_path_named_exists(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("text", [README, *EXAMPLES.values()], ids=["readme", *EXAMPLES])
+def test_runs_and_steps_named_are_what_the_quickstart_leaves(text: str) -> None:
+    recipe = str(ROOT / "infra" / "recipes" / "quickstart.yaml")
+    run_dir = load_config(recipe, []).run_dir
+    for path in re.findall(r"runs/quickstart[\w./-]*", text):
+        assert path == run_dir or path.startswith(f"{run_dir}/"), path
+        phase, *inside = path.removeprefix(run_dir).lstrip("/").split("/")
+        if not phase or phase == "report.html":
+            continue
+        train = load_config(recipe, [], phase).train
+        steps = {*range(0, train.steps, train.checkpoint_every), train.steps} - {0}
+        kept = sorted(steps)[-train.keep_checkpoints :]
+        assert "/".join(inside) in ("", *(f"checkpoints/step-{step:06d}" for step in kept)), path
 
 
 def test_the_pictures_shown_exist() -> None:

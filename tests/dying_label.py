@@ -1,0 +1,70 @@
+"""`glipv2 label RECIPE` whose workers or whose driver kill themselves at points of the commit.
+
+    python tests/dying_label.py RECIPE FOLDER WHO
+
+Each point is used once, and no shard's worker dies twice: FOLDER holds a file for each that did.
+WHO is "worker" or "driver".
+"""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+POINTS = [
+    f"{when} {name}"
+    for name in ("upload", "create_once", "move", "delete", "write_bytes", "write_json")
+    for when in ("before", "after")
+]
+
+
+def dying(name: str, call: Callable[..., Any], folder: Path, per_shard: bool) -> Callable[..., Any]:
+    def once(point: str, arguments: tuple[Any, ...]) -> None:
+        shard = re.search(r"shard-\d+", str(arguments))
+        who = folder / (shard[0] if shard and per_shard else "anyone")
+        if not (folder / point).exists() and not (per_shard and who.exists()):
+            (folder / point).touch()
+            who.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        once(f"before {name}", arguments[:2])
+        result = call(*arguments, **named)
+        once(f"after {name}", arguments[:2])
+        return result
+
+    return wrapped
+
+
+def install(folder: Path, per_shard: bool) -> None:
+    from glipv2.pipeline import storage
+
+    for name in {point.split()[1] for point in POINTS}:
+        setattr(storage, name, dying(name, getattr(storage, name), folder, per_shard))
+
+
+def main(recipe: str, folder: str, who: str) -> None:
+    import ray.cloudpickle
+
+    from glipv2.jobs import cli
+    from glipv2.jobs import label as job
+
+    if who == "driver":
+        install(Path(folder), per_shard=False)
+    else:
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+        class DyingWorker(job._Worker):
+            def __init__(self, *arguments: Any) -> None:
+                super().__init__(*arguments)
+                install(Path(folder), per_shard=True)
+
+        job._Worker = DyingWorker  # type: ignore[misc]
+    sys.exit(cli.main(["label", recipe]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

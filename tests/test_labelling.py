@@ -1,0 +1,200 @@
+"""A worker's share of labelling, with a teacher whose answers are known."""
+
+import sys
+import threading
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sample_records import record  # noqa: E402
+
+from glipv2.data_prep import labelling  # noqa: E402
+from glipv2.data_prep.labelling import KILLED, ShardLabeller, ShardTask, Tally, after_kill  # noqa: E402
+from glipv2.data_prep.phrases import load_parser  # noqa: E402
+from glipv2.model.batch import Detection  # noqa: E402
+from glipv2.model.image_input import Picture  # noqa: E402
+from glipv2.pipeline import shards  # noqa: E402
+from glipv2.pipeline.config import LabelConfig, PhraseConfig  # noqa: E402
+from glipv2.pipeline.records import Record  # noqa: E402
+from glipv2.pipeline.shard_format import ShardSet  # noqa: E402
+
+SETTINGS = LabelConfig(window=8, batch_size=3, score_threshold=0.5)
+STAMP = {"teacher": "t", "label_settings": "s"}
+COUNT = 50
+
+
+@dataclass
+class Teacher:
+    """Boxes every phrase of its image, with a score from the image's colour."""
+
+    asked: list[list[str]] = field(default_factory=list)
+    die_on: str = ""
+
+    def prepare(self, image_3HW: Tensor) -> Picture:
+        return Picture(pixels_3HW=image_3HW, own_size=tuple(image_3HW.shape[1:]))  # type: ignore[arg-type]
+
+    def ground(
+        self, pictures: list[Picture], captions: list[tuple[str, list[object]]], batch_size: int
+    ) -> list[Detection]:
+        texts = [text for text, _ in captions]
+        self.asked.append(texts)
+        if self.die_on in texts:
+            raise SystemExit(self.die_on)
+        found = []
+        for picture, (_, spans) in zip(pictures, captions, strict=True):
+            K = len(spans)
+            found.append(
+                Detection(
+                    boxes_K4=torch.tensor([[2.0 + k, 3, 20 + k, 20] for k in range(K)]),
+                    scores_K=picture.pixels_3HW[0, 0, 0].float().expand(K) / 100,
+                    labels_K=torch.arange(K),
+                    names=[""] * K,
+                )
+            )
+        return found
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    def pair(number: int) -> shards.RawSample:
+        words = " very" * (number * 7 % 5)
+        text = f"a{words} red square {number}" if number % 9 else "going there"
+        whole = replace(record(2 * number), key=f"key{number:04d}", task="pairs", caption=text)
+        members = shards.record_members(replace(whole, regions=()))
+        if number == 11:
+            members["jpg"] = members["jpg"][:200]
+        return shards.RawSample(key=whole.key, members=members)
+
+    folder = str(tmp_path_factory.mktemp("pairs"))
+    info = shards.write_raw_shard(folder, "shard-000000", map(pair, range(COUNT)))
+    return shards.write_manifest(folder, [info], (), {})
+
+
+def labelled(
+    pairs: ShardSet, **changes: object
+) -> tuple[list[Record], Tally, Teacher, list[tuple[bool, int, int]]]:
+    teacher, notes, tally = Teacher(), [], Tally()
+    labeller = ShardLabeller(
+        pairs,
+        teacher,  # type: ignore[arg-type]
+        load_parser(PhraseConfig()),
+        replace(SETTINGS, **changes),  # type: ignore[arg-type]
+        STAMP,
+        notes.append,
+    )
+    return list(labeller.records(ShardTask(number=0), tally)), tally, teacher, notes
+
+
+def test_pairs_keep_their_order_and_get_their_own_boxes(pairs: ShardSet) -> None:
+    records, tally, teacher, _ = labelled(pairs)
+    numbers = [int(r.key.removeprefix("key")) for r in records]
+    # the colour is the score: pictures from 25 on have 2 * 25 / 100
+    expected = [n for n in range(25, COUNT) if n % 9]
+    assert numbers == expected
+    for number, found in zip(numbers, records, strict=True):
+        (region,) = found.regions
+        assert found.task == "grounding" and found.provenance["teacher"] == "t"
+        assert found.caption[slice(*region.spans[0])] == region.phrase
+        assert region.phrase.endswith("red square")
+        assert region.box == (2, 3, 20, 20)
+        assert region.score == pytest.approx(number / 50, abs=0.04)  # JPEG colours
+    for window in teacher.asked:
+        assert [len(text) for text in window] == sorted(len(text) for text in window)
+    assert sum(len(window) for window in teacher.asked) == COUNT - 6 - 1
+    counts = tally.counts
+    assert counts["pairs"] == COUNT and counts["images"] == len(expected) == counts["boxes"]
+    assert counts["no_phrase"] == 6 and counts["image_undecodable"] == 1
+    assert counts["no_box"] == COUNT - 6 - 1 - len(expected)
+    assert [(key, reason) for key, reason, _ in tally.bad] == [("key0011", "image_undecodable")]
+
+
+def test_the_result_does_not_depend_on_windows_or_threads(pairs: ShardSet) -> None:
+    usual = labelled(pairs)[0]
+    for changes in ({"window": 1}, {"window": 33}, {"window": 500}, {"decode_threads": 1}):
+        assert labelled(pairs, **changes)[0] == usual
+
+
+def test_windows_end_early_where_pictures_are_large(
+    pairs: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = labelled(pairs)[0]
+    monkeypatch.setattr(labelling, "READ_AT_ONCE", 2)
+    monkeypatch.setattr(labelling, "MAX_WINDOW_BYTES", 3 * 3 * 24 * 32)
+    records, _, teacher, _ = labelled(pairs, window=40)
+    assert records == usual
+    assert max(len(window) for window in teacher.asked) <= 4
+
+
+def test_images_without_a_box_are_kept_where_that_is_wanted(pairs: ShardSet) -> None:
+    records, tally, _, _ = labelled(pairs, keep_empty=True)
+    assert len(records) == COUNT - 1 == tally.counts["images"]
+    assert {len(r.regions) for r in records} == {0, 1}
+    assert tally.counts["no_phrase"] == 6
+
+
+def test_a_killing_pair_is_found_by_its_notes_and_left_out(pairs: ShardSet) -> None:
+    """The dialogue of worker and driver, with an exception in place of the death."""
+    poison, kills, task = 30, 0, ShardTask(number=0)
+    usual = labelled(pairs)[0]
+    deadly = next(r.caption for r in usual if r.key == f"key{poison:04d}")
+    while True:
+        teacher, notes, tally = Teacher(die_on=deadly), [], Tally()
+        labeller = ShardLabeller(
+            pairs,
+            teacher,
+            load_parser(PhraseConfig()),
+            SETTINGS,
+            STAMP,
+            notes.append,  # type: ignore[arg-type]
+        )
+        try:
+            records = list(labeller.records(task, tally))
+            break
+        except SystemExit:
+            kills += 1
+            alone, first, last = notes[-1]
+            assert first <= poison < last and alone == (last - first == 1) == (kills == 2)
+            again = after_kill(task, kills, notes[-1])
+            assert again is not None
+            task = again
+    assert kills == 2 and task.skip == (poison,)
+    assert records == [r for r in usual if r.key != f"key{poison:04d}"]
+    assert tally.counts[KILLED] == 1
+    assert tally.bad[-1] == (f"key{poison:04d}", KILLED, "two workers died on it")
+
+
+def test_deaths_that_no_pair_explains_end_the_shard() -> None:
+    task: ShardTask | None = ShardTask(number=4)
+    for kills in range(1, 4):
+        assert task is not None
+        task = after_kill(task, kills, (False, 0, 8 * kills))
+        assert task == ShardTask(number=4, suspects=(0, 8 * kills))
+    assert task is not None and after_kill(task, 4, (False, 0, 32)) is None
+    assert after_kill(task, 4, None) is None
+    # each pair that is found to be the cause accounts for one
+    assert after_kill(replace(task, skip=(3, 5)), 5, (True, 7, 8)) == ShardTask(
+        number=4, skip=(3, 5, 7), suspects=(8, 24)
+    )
+
+
+def test_windows_are_read_while_the_teacher_works(pairs: ShardSet) -> None:
+    """The second window is decoded before the first has left the teacher."""
+    seen = threading.Event()
+
+    class Slow(Teacher):
+        def prepare(self, image_3HW: Tensor) -> Picture:
+            if self.asked:
+                seen.set()
+            return super().prepare(image_3HW)
+
+        def ground(self, *arguments: object, **named: object) -> list[Detection]:
+            found = super().ground(*arguments, **named)  # type: ignore[arg-type]
+            assert seen.wait(20) or len(self.asked) > 1
+            return found
+
+    labeller = ShardLabeller(pairs, Slow(), load_parser(PhraseConfig()), SETTINGS, STAMP)  # type: ignore[arg-type]
+    assert len(list(labeller.records(ShardTask(number=0), Tally()))) > 10

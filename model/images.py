@@ -20,10 +20,15 @@ def resized_size(height: int, width: int, short_side: int, long_side: int) -> tu
 
 
 def resize(image_3HW: Tensor, size: tuple[int, int]) -> Tensor:
-    """A uint8 (3, H, W) image of `size` (height, width), by antialiased bilinear interpolation."""
+    """A uint8 (3, H, W) image of `size` (height, width), by antialiased bilinear interpolation.
+
+    In memory the colours of a pixel stand beside each other, which is three times as fast.
+    """
     if size == tuple(image_3HW.shape[1:]):
         return image_3HW
-    return F.interpolate(image_3HW[None], size=size, mode="bilinear", antialias=True)[0]
+    # the new dimension comes first, or its stride would hide from torch what the layout is
+    image_13HW = image_3HW.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+    return F.interpolate(image_13HW, size=size, mode="bilinear", antialias=True)[0]
 
 
 def pad_images(
@@ -43,7 +48,8 @@ def pad_images(
         padded = pad_to
         if height > padded[0] or width > padded[1]:
             raise ValueError(f"an image of {height} x {width} pixels does not fit pad_to {pad_to}")
-    images_B3HW = torch.zeros((len(images), 3, *padded), dtype=torch.uint8)
+    pixels_BHW3 = torch.zeros((len(images), *padded, 3), dtype=torch.uint8)
+    images_B3HW = pixels_BHW3.permute(0, 3, 1, 2)  # laid out as `resize` leaves them
     for row, image in enumerate(images):
         images_B3HW[row, :, : image.shape[1], : image.shape[2]] = image
     return images_B3HW, torch.tensor(sizes, dtype=torch.int64)

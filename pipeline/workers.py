@@ -76,20 +76,23 @@ class PictureDesk:
     def __init__(self, batch_bytes: int) -> None:
         self.memory_PB = torch.empty((PREFETCH + 1, batch_bytes), dtype=torch.uint8)
         self.memory_PB.share_memory_()
-        self.turn = 0
+        self.place = self.end = 0
 
-    def lay_down(self, samples: list[Sample]) -> list[Sample]:
-        """The samples with (place, start, height, width) instead of their pictures."""
-        place, start, laid = self.turn % (PREFETCH + 1), 0, []
-        self.turn += 1
-        for sample in samples:
-            _, height, width = sample.image_3HW.shape
-            end = start + sample.image_3HW.numel()
-            self._at(place, start, height, width).copy_(sample.image_3HW)
-            note = torch.tensor([place, start, height, width]).numpy()
-            laid.append(replace(sample, image_3HW=note))  # type: ignore[arg-type]
-            start = end
-        return laid
+    def lay_down(self, sample: Sample) -> Sample:
+        """The sample with (place, start, height, width) instead of its picture.
+
+        To be done as soon as it is made: the processor's cache has it then, and its own memory
+        serves the next.
+        """
+        _, height, width = sample.image_3HW.shape
+        note = torch.tensor([self.place, self.end, height, width]).numpy()
+        self._at(*map(int, note)).copy_(sample.image_3HW)
+        self.end += sample.image_3HW.numel()
+        return replace(sample, image_3HW=note)  # type: ignore[arg-type]
+
+    def next_batch(self) -> None:
+        """What is laid down from now on belongs to the next batch."""
+        self.place, self.end = (self.place + 1) % (PREFETCH + 1), 0
 
     def pick_up(self, samples: list[Sample]) -> list[Sample]:
         """The inverse; the pictures are views of the shared memory."""
@@ -114,8 +117,12 @@ class _Lanes(IterableDataset):
         assert worker is not None
         try:
             part = self.stream.part(worker.id, worker.num_workers)
-            for samples, position in part.batches(self.position, self.prepare):
-                yield self.desks[worker.id].lay_down(samples), position
+            desk = self.desks[worker.id]
+            for batch in part.batches(
+                self.position, lambda slot: desk.lay_down(self.prepare(slot))
+            ):
+                yield batch
+                desk.next_batch()
         except UserError as error:
             yield error  # DataLoader itself would wrap the message into a traceback
 

@@ -3,7 +3,7 @@
     python tests/dying_label.py RECIPE FOLDER WHO
 
 Each point is used once, and no shard's worker dies twice: FOLDER holds a file for each that did.
-WHO is "worker" or "driver".
+WHO is "worker" or "driver"; anything else is a caption that a worker dies of, whenever it has it.
 """
 
 import os
@@ -46,6 +46,18 @@ def install(folder: Path, per_shard: bool) -> None:
         setattr(storage, name, dying(name, getattr(storage, name), folder, per_shard))
 
 
+class Allergic:
+    """A teacher that dies of one caption."""
+
+    def __init__(self, teacher: Any, caption: str) -> None:
+        self.prepare, self.teacher, self.caption = teacher.prepare, teacher, caption
+
+    def ground(self, images: Any, captions: Any, batch_size: int) -> Any:
+        if self.caption in [text for text, _ in captions]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.teacher.ground(images, captions, batch_size)
+
+
 def main(recipe: str, folder: str, who: str) -> None:
     import ray.cloudpickle
 
@@ -60,7 +72,10 @@ def main(recipe: str, folder: str, who: str) -> None:
         class DyingWorker(job._Worker):
             def __init__(self, *arguments: Any) -> None:
                 super().__init__(*arguments)
-                install(Path(folder), per_shard=True)
+                if who == "worker":
+                    install(Path(folder), per_shard=True)
+                else:
+                    self.labeller.teacher = Allergic(self.labeller.teacher, who)
 
         job._Worker = DyingWorker  # type: ignore[misc]
     sys.exit(cli.main(["label", recipe]))

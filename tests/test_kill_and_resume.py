@@ -1,6 +1,5 @@
 """Kill -9 at any moment, run the same command again: nothing is lost and nothing differs."""
 
-import json
 import os
 import subprocess
 import sys
@@ -20,13 +19,9 @@ from commands import (  # noqa: E402
     start,
 )
 
-from glipv2.data_prep import noun_phrases  # noqa: E402
-from glipv2.jobs.label import label  # noqa: E402
 from glipv2.jobs.prepare import prepare_set  # noqa: E402
 from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
 from glipv2.pipeline.config import PrepareConfig  # noqa: E402
-from glipv2.pipeline.config_loader import load_config  # noqa: E402
-from glipv2.pipeline.errors import ConfigError  # noqa: E402
 from glipv2.pipeline.launch import LAUNCHER  # noqa: E402
 from glipv2.pipeline.runlog import read_losses  # noqa: E402
 
@@ -167,51 +162,6 @@ def test_a_second_trainer_on_the_same_run_is_refused(recipe: Path, folder: Path)
     finally:
         first.kill()
         first.communicate()
-
-
-def test_a_killed_labelling_ends_with_the_same_shards_byte_for_byte(
-    recipe: Path, undisturbed: Path, folder: Path
-) -> None:
-    def command(out: str) -> tuple[object, ...]:
-        own = smoke_recipe(
-            folder,
-            run_dir=str(folder / out),
-            data={"root": str(folder / "data")},
-            label={"teacher": str(undisturbed), "inputs": {"toy_pairs": out}},
-        )
-        return "label", own.rename(folder / f"{out}.yaml")
-
-    finish(*command("labelled-whole"))
-    out = folder / "data" / "labelled-killed"
-    again = command("labelled-killed")
-    assert kill_when(lambda: len(list(out.glob("commits/*"))) >= 1, *again) == -9
-    assert not (out / "dataset.json").exists()
-    finish(*again)
-    whole = folder / "data" / "labelled-whole"
-    assert json.loads((out / "dataset.json").read_text())["shards"]
-    names = sorted(path.name for path in whole.glob("*.tar"))
-    assert len(names) == 6
-    assert sorted(path.name for path in out.glob("*.tar")) == names
-    for name in names:
-        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-
-
-def test_labelling_with_other_settings_into_the_same_set_is_refused(
-    undisturbed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = smoke_recipe(
-        folder,
-        run_dir=str(folder / "refused"),
-        data={"root": str(folder / "data")},
-        label={"teacher": str(undisturbed), "inputs": {"toy_pairs": "labelled-refused"}},
-    )
-    finish("label", own)
-    said = finish("label", own, "label.score_threshold=0.07", code=2)
-    assert "labelled with other settings" in said
-    label(load_config(str(own), []))  # all is there already
-    monkeypatch.setattr(noun_phrases, "RULES", noun_phrases.RULES + 1)
-    with pytest.raises(ConfigError, match="labelled with other settings"):
-        label(load_config(str(own), []))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,15 +15,28 @@ import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import ROOT, TIMEOUT, command_line, descendants, finish, start  # noqa: E402
+from commands import (  # noqa: E402
+    ROOT,
+    TIMEOUT,
+    command_line,
+    descendants,
+    finish,
+    kill_when,
+    start,
+)
 from dying_label import POINTS  # noqa: E402
 
+from glipv2.data_prep import noun_phrases  # noqa: E402
+from glipv2.jobs.label import label  # noqa: E402
 from glipv2.jobs.prepare import prepare_set  # noqa: E402
 from glipv2.model.config import preset  # noqa: E402
 from glipv2.model.glip import build_model  # noqa: E402
 from glipv2.model.tokenizer import Tokenizer, tiny_vocab  # noqa: E402
 from glipv2.model.weights import model_files  # noqa: E402
 from glipv2.pipeline.config import PrepareConfig  # noqa: E402
+from glipv2.pipeline.config_loader import load_config  # noqa: E402
+from glipv2.pipeline.errors import ConfigError  # noqa: E402
+from glipv2.pipeline.shard_reader import iterate_records  # noqa: E402
 
 SHARDS = 8
 KILLS = 30
@@ -87,6 +101,7 @@ def dying(folder: Path, name: str, who: str) -> "subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_workers_that_die_at_every_point_of_the_commit(
     folder: Path, undisturbed: dict[str, bytes]
 ) -> None:
@@ -96,6 +111,76 @@ def test_workers_that_die_at_every_point_of_the_commit(
     of_commits = {p for p in POINTS if not p.split()[1].startswith("write")}
     assert used == of_commits | {f"shard-{n:06d}" for n in range(SHARDS)}
     assert content(folder / "workers") == undisturbed
+
+
+def test_a_killed_driver_goes_on_where_it_was(folder: Path, undisturbed: dict[str, bytes]) -> None:
+    out, command = folder / "killed", ("label", recipe(folder, "killed"))
+    assert kill_when(lambda: len(list(out.glob("commits/*"))) >= 2, *command) == -9
+    assert not (out / "dataset.json").exists()
+    kept: dict[str, int] = {}
+    assert_kept(kept, out)
+    assert len(kept) >= 2
+    finish(*command)
+    assert_kept(kept, out)
+    assert content(out) == undisturbed
+
+
+def test_a_pair_that_workers_die_of_is_left_out_after_two(
+    folder: Path, undisturbed: dict[str, bytes]
+) -> None:
+    whole = list(iterate_records(str(folder / "whole")))
+    deadly = whole[10]
+    ended = dying(folder, "poison", deadly.caption)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("a worker died on shard 2") == 2
+    killed = [record.key for record in whole if record.caption == deadly.caption]
+    assert list(iterate_records(str(folder / "poison"))) == [
+        r for r in whole if r.key not in killed
+    ]
+    lines = (folder / "run-poison" / "labels" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == killed
+    assert json.loads(lines[0])["reason"] == "killed_worker"
+    names = {n for n in undisturbed if n.endswith(".tar") and "shard-000002" not in n}
+    again = content(folder / "poison")
+    assert all(again[name] == undisturbed[name] for name in names) and len(names) == SHARDS - 1
+
+
+def test_other_settings_for_the_same_set_are_refused_by_name(
+    folder: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = finish(
+        "label", recipe(folder, "whole"), "label.max_boxes=7", "label.phrases.stop=[dog]", code=2
+    )
+    assert "max_boxes: 20 there, 7 now" in said and "phrases.stop: [] there, ['dog'] now" in said
+    assert said.count(" now\n") == 2
+    config = load_config(str(recipe(folder, "whole")), [])
+    label(config)  # all is there already
+    monkeypatch.setattr(noun_phrases, "RULES", noun_phrases.RULES + 1)
+    with pytest.raises(ConfigError, match=rf"parser: .*rules {noun_phrases.RULES - 1}.* there"):
+        label(config)
+    assert content(folder / "whole") == undisturbed
+
+
+def test_a_dry_run_says_what_is_left_and_writes_nothing(folder: Path) -> None:
+    said = finish("label", recipe(folder, "dry"), "--dry-run", "--price", "2.5")
+    assert f"{4 * SHARDS} pairs in {SHARDS} shards, of which 0 are done" in said
+    found = re.search(r"left: (\d+) pairs, ([\d.]+) worker hours", said)
+    assert found is not None and int(found[1]) == 4 * SHARDS
+    assert re.search(r"cost: [\d.]+ at 2.5 an hour", said) and "max_boxes: 20" in said
+    assert not (folder / "dry").exists()
+    said = finish("label", recipe(folder, "whole"), "--dry-run")
+    assert f"of which {SHARDS} are done" in said and "nothing is left to do" in said
+
+
+def test_what_killed_writers_left_is_removed_on_demand(
+    folder: Path, undisturbed: dict[str, bytes]
+) -> None:
+    out = folder / "whole"
+    (out / "attempts").mkdir(exist_ok=True)
+    for leftover in ("attempts/shard-000001-12ab.tar", "attempts/.attempt-x1", ".attempt-x2"):
+        (out / leftover).write_bytes(b"half")
+    assert "3 leftover" in finish("label", recipe(folder, "whole"), "--gc")
+    assert content(out) == undisturbed
 
 
 @pytest.mark.slow

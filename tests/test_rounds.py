@@ -1,0 +1,117 @@
+"""`rounds: N`: what the phases of later rounds are, and when they are not worth it."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from commands import SMOKE, finish, smoke_recipe  # noqa: E402
+
+from glipv2.jobs import label_plan  # noqa: E402
+from glipv2.jobs import run as main_job  # noqa: E402
+from glipv2.pipeline.config_loader import config_from_tree, dump_config  # noqa: E402
+from glipv2.pipeline.errors import ConfigError  # noqa: E402
+
+TREE = {
+    "run_dir": "runs/r",
+    "data": {"root": "data"},
+    "rounds": 3,
+    "label": {"teacher": "teacher", "inputs": {"pairs": "grounded"}, "calibration": "gold"},
+    "eval": {"label_truth": {"grounded": "truth"}},
+    "phases": {
+        "teacher": {"data": {"mixture": {"boxes": 1}}},
+        "student": {
+            "data": {"mixture": {"boxes": 0.5, "grounded": 0.5}},
+            "train": {"init": "teacher", "steps": 7},
+        },
+        "control": {"data": {"mixture": {"boxes": 1}}, "train": {"init": "teacher"}},
+    },
+}
+
+
+def test_each_round_has_the_student_before_as_its_teacher() -> None:
+    config = config_from_tree(copy.deepcopy(TREE), [])
+    assert list(config.phases) == ["teacher", "student", "student_2", "student_3", "control"]
+    third = config_from_tree(copy.deepcopy(TREE), [], "student_3")
+    assert third.run_dir == "runs/r/student_3" and third.train.steps == 7
+    assert third.train.init == third.label.teacher == "runs/r/student_2"
+    assert third.label.inputs == {"pairs": "grounded_3"}
+    assert third.data.mixture == {"boxes": 0.5, "grounded_3": 0.5}
+    assert config.eval.label_truth == {
+        "grounded": "truth", "grounded_2": "truth", "grounded_3": "truth"
+    }  # fmt: skip
+    first = config_from_tree(copy.deepcopy(TREE), [], "student")
+    assert first.train.init == "runs/r/teacher" and first.label.inputs == {"pairs": "grounded"}
+    again = config_from_tree(yaml.safe_load(dump_config(config)), [])
+    assert again == config  # the saved configuration means the same
+
+
+def test_one_round_adds_nothing() -> None:
+    config = config_from_tree(copy.deepcopy(TREE), ["rounds=1"])
+    assert list(config.phases) == ["teacher", "student", "control"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rounds=0", "rounds must be positive"),
+        ("label.calibration=", "rounds need label.calibration"),
+        ("label.inputs.pairs=elsewhere", "rounds need a phase whose data.mixture"),
+    ],
+)
+def test_rounds_that_can_not_be_are_refused(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        config_from_tree(copy.deepcopy(TREE), [override])
+
+
+@pytest.mark.parametrize(
+    ("qualities", "worth_it"), [((0.7, 0.8), [True]), ((0.7, 0.8, 0.79), [True, False])]
+)
+def test_a_round_is_worth_it_while_labels_on_gold_get_better(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    qualities: tuple[float, ...],
+    worth_it: list[bool],
+) -> None:
+    tree = {**copy.deepcopy(TREE), "run_dir": str(tmp_path)}
+    config = config_from_tree(tree, [])
+    phases = {name: config_from_tree(copy.deepcopy(tree), [], name) for name in config.phases}
+    teachers = {config.label.teacher: qualities[0]} | {
+        phases[f"student_{number}"].label.teacher: quality
+        for number, quality in enumerate(qualities[1:], start=2)
+    }
+    monkeypatch.setattr(label_plan, "gold_quality", lambda own: {"f1": teachers[own.label.teacher]})
+    found = [
+        main_job._labels_get_better(config, phases, f"student_{number}")
+        for number in range(2, len(qualities) + 1)
+    ]
+    assert found == worth_it
+    judged = json.loads((tmp_path / "rounds.json").read_text())
+    assert [quality["f1"] for quality in judged.values()] == list(qualities)
+    assert list(judged) == ["student", "student_2", "student_3"][: len(qualities)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_rounds_of_the_main_job_and_again(tmp_path: Path) -> None:
+    whole = yaml.safe_load(SMOKE.read_text())
+    recipe = smoke_recipe(
+        tmp_path,
+        run_dir=str(tmp_path / "run"),
+        rounds=2,
+        label={**whole["label"], "calibration": "toy_calibration", "target_precision": 0.05},
+    )
+    said = finish("run", recipe, timeout=800)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    rounds = summary["rounds"]
+    assert [found["student"] for found in rounds] == ["student", "student_2"]
+    better = rounds[1]["gold"]["f1"] > rounds[0]["gold"]["f1"]
+    assert (tmp_path / "run" / "student_2" / "checkpoints").exists() == better
+    assert ("no round 2" in said) == (not better)
+    assert "round 2: labels on gold" in said
+    finish("run", recipe)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == rounds

@@ -38,6 +38,10 @@ Cut off, the same command goes on; what was dropped and why ends up in OUT/datas
   glipv2 view data/mine --out mine.html --count 24
   glipv2 view s3://bucket/labelled --out page.html --keys cat-000017 dog-000003
   glipv2 view s3://bucket/labelled --out doubtful.html --source web --max-score 0.6
+  glipv2 view data/web_2 --out rounds.html --compare data/web
+  glipv2 view data/web --out check.html --csv check.csv --count 200
+With --csv the page shows boxes by lot, numbered; fill in the file's last column, and
+`glipv2 label audit check.csv` tells how many are right.
 A large set is read in part, drawn by the seed; `glipv2 stats` reads all of it.""",
     "stats": """
   glipv2 stats data/mine
@@ -54,7 +58,10 @@ A run goes on from its newest committed checkpoint, on any number of ranks.""",
     "label": """
   glipv2 label infra/recipes/quickstart.yaml
   glipv2 label my.yaml label.teacher=runs/mine 'label.num_actors=[4,16]' --address auto
-Shards that are committed are never redone; other settings need another output set.""",
+  glipv2 label audit check.csv
+Shards that are committed are never redone; other settings need another output set.
+`audit FILE` gives the precision of the labels from a file of `glipv2 view --csv` whose last column
+somebody filled in: 1, yes or y for right, 0, no or n for wrong, nothing for not checked.""",
     "evaluate": """
   glipv2 evaluate infra/recipes/quickstart.yaml
   glipv2 evaluate infra/recipes/quickstart.yaml --phase student

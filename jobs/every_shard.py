@@ -43,7 +43,7 @@ def every_shard(
     count = min(workers or enough, len(numbers))
     make = partial(partial, work, shard_set)  # called once an actor, it gives `work` of that set
     results = map_on_ray(make, numbers, num_actors=count) if count > 1 else None
-    shown = bar(shard_set.samples, text, "samples")
+    shown = bar(shard_set.samples, text, "sample")
     try:
         for number, result in results or map_in_process(make, numbers):
             yield number, result

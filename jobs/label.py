@@ -1,8 +1,10 @@
 """glipv2 label RECIPE: image-text pairs -> grounded shards, one output shard per input shard."""
 
 import argparse
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,13 +15,15 @@ from glipv2.pipeline.config import LabelConfig, RunConfig
 from glipv2.pipeline.errors import BadSample
 from glipv2.pipeline.launch import exclusive
 from glipv2.pipeline.progress import bar
-from glipv2.pipeline.quarantine import Quarantine
+from glipv2.pipeline.quarantine import quarantine_line
 
 if TYPE_CHECKING:
     from glipv2.data_prep.labelling import ShardLabeller, ShardTask
     from glipv2.jobs.label_plan import Plan
     from glipv2.pipeline.records import Record
     from glipv2.pipeline.shard_format import ShardInfo, ShardSet
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.recipe == "audit":
+        from glipv2.jobs.audit import print_audit
+
+        return print_audit(arguments.overrides)
     use_cluster(arguments.address)
     config = recipe_config(arguments, arguments.phase)
     if arguments.gc:
@@ -58,14 +66,20 @@ def label(config: RunConfig) -> None:
     """Label every set of `label.inputs` with the teacher; finished shards are never redone."""
     from glipv2.jobs.label_plan import make_plan
 
-    with exclusive(storage.join(config.run_dir, "labels")):
+    folder, unusable = storage.join(config.run_dir, "labels"), list[bytes]()
+    listed = storage.join(folder, "quarantine.jsonl")
+    with exclusive(folder):
         plan = make_plan(config)
         for source, target in plan.settings.inputs.items():
-            label_set(plan, source, config.set_url(target))
+            for shard in label_set(plan, source, config.set_url(target)):
+                unusable += _quarantined(source, shard)
+            storage.write_bytes(listed, b"".join(unusable))
+    if unusable:
+        log.warning("%d pairs can't be used; they are listed in %s", len(unusable), listed)
 
 
-def label_set(plan: "Plan", source: str, out: str) -> None:
-    """One set of pairs -> one labelled set with the same shard names."""
+def label_set(plan: "Plan", source: str, out: str) -> "list[ShardInfo]":
+    """One set of pairs -> one labelled set with the same shard names; its shards."""
     from glipv2.data_prep.labelling import ShardTask
     from glipv2.jobs.label_plan import claim, committed
     from glipv2.pipeline.shard_reader import open_shard_set
@@ -81,19 +95,17 @@ def label_set(plan: "Plan", source: str, out: str) -> None:
         if done is None
     ]
     done_pairs = sum(s.samples for s, done in zip(pairs.shards, shards, strict=True) if done)
-    shown = _Shown(f"label {source}", pairs.samples, done_pairs)
-    for task, info in label_on_ray(plan.settings, pairs, todo, out, plan.stamp, killers):
-        shards[task.number] = info
-        shown.update(info)
-    shown.close()
+    with closing(_Shown(f"label {source}", pairs.samples, done_pairs)) as shown:
+        for task, info in label_on_ray(plan.settings, pairs, todo, out, plan.stamp, killers):
+            shards[task.number] = info
+            shown.update(info)
     finished = [shard for shard in shards if shard is not None]
     counts: Counter[str] = Counter()
     for shard in finished:
         counts.update(shard.stats.get("counts", {}))
     info = {"source": source, "input": pairs.digest, **plan.stamp, "counts": dict(counts)}
     write_manifest(out, finished, (), info)
-    for shard in finished:
-        _quarantine_all(plan.config, source, shard)
+    return finished
 
 
 def label_on_ray(
@@ -198,7 +210,7 @@ class _Shown:
     """One live line: pairs, rate, time left, and what is kept of them."""
 
     def __init__(self, text: str, pairs: int, done: int) -> None:
-        self.bar = bar(pairs, text, unit=" pairs", initial=done)
+        self.bar = bar(pairs, text, unit="pair", initial=done)
         self.counts: Counter[str] = Counter()
 
     def update(self, info: "ShardInfo") -> None:
@@ -215,10 +227,9 @@ class _Shown:
         self.bar.close()
 
 
-def _quarantine_all(config: RunConfig, source: str, shard: "ShardInfo") -> None:
-    quarantine = Quarantine(storage.join(config.run_dir, "labels", "quarantine.jsonl"))
+def _quarantined(source: str, shard: "ShardInfo") -> Iterator[bytes]:
     for key, reason, detail in shard.stats.get("bad", []):
-        quarantine(source, shard.name, key, BadSample(reason, detail))
+        yield quarantine_line(source, shard.name, key, BadSample(reason, detail))
 
 
 def collect_garbage(config: RunConfig) -> int:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator
 
 from glipv2.jobs.every_shard import add_workers_argument, every_shard
+from glipv2.jobs.labelled import Making, making_of
 from glipv2.jobs.page import plain_text
 from glipv2.jobs.survey import TALLIES, Survey, Tally, survey_shard
 from glipv2.pipeline import storage
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         storage.write_json(
             args.json, {"url": args.shards, **set_size(shard_set), **survey.figures()}
         )
-    print("\n".join(_lines(shard_set, survey)))  # noqa: T201 - the answer of the command
+    print("\n".join(_lines(shard_set, survey, making_of(shard_set))))  # noqa: T201 - the answer of the command
     return 0
 
 
@@ -57,7 +58,7 @@ def byte_text(size: float) -> str:
     return f"{size:.3g} {units[0]}"
 
 
-def _lines(shard_set: ShardSet, survey: Survey) -> Iterator[str]:
+def _lines(shard_set: ShardSet, survey: Survey, making: Making) -> Iterator[str]:
     size = set_size(shard_set)
     yield f"samples     {shard_set.samples:,}"
     yield f"shards      {size['shards']:,}, {byte_text(size['bytes'])}"
@@ -65,6 +66,10 @@ def _lines(shard_set: ShardSet, survey: Survey) -> Iterator[str]:
     yield f"sources     {_listed(survey.sources.top(5))}"
     yield f"boxes       {survey.boxes.total:,.0f}: {_listed(survey.areas.most_common())} (as COCO)"
     yield f"masks       {survey.masks:,}"
+    if making.find and (total := survey.phrases.total).times:
+        yield f"phrases     {total.times:,} in the captions, {total.share:.1%} with a box"
+    if making.why_not:
+        yield f"phrases     only those with a box are counted: {plain_text(making.why_not)}"
     if survey.unreadable:
         listed = _listed(survey.unreadable.most_common())
         yield f"unreadable  {listed}; `glipv2 check {shard_set.url}` lists them"
@@ -76,6 +81,7 @@ def _lines(shard_set: ShardSet, survey: Survey) -> Iterator[str]:
         if tally.count:
             yield f"{text:24}" + "".join(f"{value:>9}" for value in _row(tally))
     yield from _top_names(survey)
+    yield from _top_phrases(survey, making)
 
 
 def _row(tally: Tally) -> list[str]:
@@ -92,6 +98,19 @@ def _top_names(survey: Survey) -> Iterator[str]:
     for name, count in top:
         shown = plain_text(name)[:24].replace("\n", " ")
         yield f"  {shown:24}{count:>11,}  {'█' * max(1, round(BAR * count / top[0][1]))}"
+
+
+def _top_phrases(survey: Survey, making: Making) -> Iterator[str]:
+    top = survey.phrases.top(TOP)
+    if not top:
+        return
+    kept = f"{'with a box':>12}" if making.find else ""
+    yield f"\n{'most frequent phrases':26}{'times':>11}{kept}{'mean score':>12}"
+    for name, outcome in top:
+        shown = plain_text(name)[:24].replace("\n", " ")
+        share = f"{outcome.share:>12.0%}" if making.find else ""
+        score = f"{outcome.score:>12.3f}" if outcome.boxes else f"{'-':>12}"
+        yield f"  {shown:24}{outcome.times:>11,}{share}{score}"
 
 
 def _listed(counted: list[tuple[str, int]]) -> str:

@@ -2,22 +2,28 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from glipv2.jobs.labelled import making_of
 from glipv2.pipeline.errors import BadSample
 from glipv2.pipeline.record_json import parse_record
-from glipv2.pipeline.records import Record, Region
+from glipv2.pipeline.records import Record, Region, Span
 from glipv2.pipeline.shard_format import ShardSet
 from glipv2.pipeline.shard_reader import SLICE, read_raw
+
+if TYPE_CHECKING:
+    from glipv2.data_prep.phrase_filters import PhrasesFound
 
 NAME_LENGTH = 80
 """Longer names are cut before they are counted."""
 SMALL, LARGE = 32**2, 96**2
 """COCO's limits: a box below the first area, in pixels, is small, one above the second large."""
+SCORE_STEP = 1e-4
+"""As finely as labels are stored."""
 
 
 @dataclass
@@ -117,6 +123,97 @@ class Frequent:
         self.error += least
 
 
+@dataclass(slots=True)
+class Outcome:
+    """What became of a phrase, or of several together."""
+
+    times: int = 0
+    """That captions say it."""
+    kept: int = 0
+    """Of these, with a box."""
+    boxes: int = 0
+    score_sum: int = 0
+    """Of the boxes, in steps of SCORE_STEP: whole numbers give the same sum in any order."""
+
+    @property
+    def share(self) -> float:
+        """Of the times with a box; NaN of nothing, as `score`."""
+        return self.kept / self.times if self.times else math.nan
+
+    @property
+    def score(self) -> float:
+        """The mean."""
+        return self.score_sum * SCORE_STEP / self.boxes if self.boxes else math.nan
+
+    def add(self, scores: Sequence[float]) -> None:
+        """One place in a caption and the scores of its boxes."""
+        self.times += 1
+        self.kept += bool(scores)
+        self.boxes += len(scores)
+        self.score_sum += sum(round(score / SCORE_STEP) for score in scores)
+
+    def merge(self, other: "Outcome") -> None:
+        for name in ("times", "kept", "boxes", "score_sum"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "times": self.times,
+            "kept": self.kept,
+            "boxes": self.boxes,
+            "mean_score": self.score if self.boxes else None,
+        }
+
+
+@dataclass
+class Phrases:
+    """What became of the most frequent phrases, and of all together.
+
+    Bounded like `Frequent`, which decides who stays. What is known of a phrase is of its last
+    `times` places; these are too few by at most `often.error`.
+    """
+
+    often: Frequent = field(default_factory=Frequent)
+    by_name: dict[str, Outcome] = field(default_factory=dict)
+    total: Outcome = field(default_factory=Outcome)
+
+    def add(self, phrase: str, scores: Sequence[float]) -> None:
+        """One place in a caption and the scores of its boxes."""
+        name = phrase[:NAME_LENGTH]
+        self.often.add(name)
+        self.by_name.setdefault(name, Outcome()).add(scores)
+        self.total.add(scores)
+        self._forget()
+
+    def merge(self, other: "Phrases") -> None:
+        self.often.merge(other.often)
+        self.total.merge(other.total)
+        for name, outcome in other.by_name.items():
+            self.by_name.setdefault(name, Outcome()).merge(outcome)
+        self._forget()
+
+    def top(self, number: int) -> list[tuple[str, Outcome]]:
+        """Those said most often; names in order where they are equal."""
+        return sorted(self.by_name.items(), key=lambda item: (-item[1].times, item[0]))[:number]
+
+    def least_kept(self, number: int, times: int) -> list[tuple[str, Outcome]]:
+        """Those that got a box least often, among phrases said at least so many times."""
+        said = [(name, o) for name, o in self.by_name.items() if o.times >= times]
+        return sorted(said, key=lambda item: (item[1].share, -item[1].times, item[0]))[:number]
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            **self.total.figures(),
+            "different": len(self.by_name),
+            "times_too_low_by": self.often.error,
+            "most_frequent": {name: outcome.figures() for name, outcome in self.top(1000)},
+        }
+
+    def _forget(self) -> None:
+        if len(self.often.counts) < len(self.by_name):
+            self.by_name = {name: self.by_name[name] for name in self.often.counts}
+
+
 TALLIES = {
     "boxes": "boxes in a picture",
     "box_sizes": "box side / picture side",
@@ -149,12 +246,20 @@ class Survey:
     """Square root of the share of the picture's area."""
     scores: Tally = field(default_factory=lambda: Tally(step=0.001))
     """Of boxes that a model made."""
+    phrases: Phrases = field(default_factory=Phrases)
+    """Of boxes that a model made, in lower case."""
     phrase_words: Tally = field(default_factory=Tally)
     """Of each phrase that has boxes, once a sample."""
     caption_words: Tally = field(default_factory=Tally)
     short_sides: Tally = field(default_factory=Tally)
 
-    def add(self, record: Record, categories: Sequence[str] = ()) -> None:
+    def add(
+        self,
+        record: Record,
+        categories: Sequence[str] = (),
+        find: "Callable[[str], PhrasesFound] | None" = None,
+    ) -> None:
+        """`find` gives a caption's phrases, so that those without a box count too."""
         self.samples += 1
         self.tasks[record.task] += 1
         self.sources.add(source_name(record))
@@ -166,6 +271,7 @@ class Survey:
             self.phrase_words.add(len(" ".join(record.caption[s:e] for s, e in spans).split()))
         for region in record.regions:
             self._add_region(region, record, categories)
+        self._add_phrases(record, find)
 
     def merge(self, other: "Survey") -> None:
         """Take in what another part of the set gave."""
@@ -173,7 +279,7 @@ class Survey:
         self.masks += other.masks
         for name in ("unreadable", "tasks", "areas"):
             getattr(self, name).update(getattr(other, name))
-        for name in ("sources", "names", *TALLIES):
+        for name in ("sources", "names", "phrases", *TALLIES):
             getattr(self, name).merge(getattr(other, name))
 
     def figures(self) -> dict[str, Any]:
@@ -188,6 +294,7 @@ class Survey:
             "names": dict(self.names.top(1000)),
             "different_names": len(self.names.counts),
             "names_too_low_by": self.names.error,
+            "phrases": self.phrases.figures(),
             **{name: getattr(self, name).figures() for name in TALLIES},
         }
 
@@ -202,6 +309,15 @@ class Survey:
         if region.score < 1:
             self.scores.add(region.score)
 
+    def _add_phrases(self, record: Record, find: "Callable[[str], PhrasesFound] | None") -> None:
+        asked = find(record.caption).phrases if find else ()
+        scores: dict[tuple[Span, ...], list[float]] = {((p.start, p.end),): [] for p in asked}
+        for region in record.regions:
+            if region.spans and (find or region.score < 1):
+                scores.setdefault(region.spans, []).append(region.score)
+        for spans, own in scores.items():
+            self.phrases.add(spans_text(record.caption, spans).lower(), own)
+
 
 def source_name(record: Record) -> str:
     """Where a record comes from, as its provenance says."""
@@ -214,17 +330,22 @@ def region_name(region: Region, record: Record, categories: Sequence[str]) -> st
         return region.phrase
     if region.category is not None and region.category < len(categories):
         return categories[region.category]
-    return " … ".join(record.caption[start:end] for start, end in region.spans) or "unnamed"
+    return spans_text(record.caption, region.spans) or "unnamed"
+
+
+def spans_text(caption: str, spans: Sequence[Span]) -> str:
+    """The words of a phrase, which may be apart."""
+    return " … ".join(caption[start:end] for start, end in spans)
 
 
 def survey_shard(shard_set: ShardSet, shard_number: int) -> Survey:
     """The figures of one shard."""
-    survey = Survey()
+    survey, find = Survey(), making_of(shard_set).find
     for sample in records_of(shard_set, shard_number, 0, shard_set.shards[shard_number].samples):
         if isinstance(sample, BadSample):
             survey.unreadable[sample.reason] += 1
         else:
-            survey.add(sample, shard_set.categories)
+            survey.add(sample, shard_set.categories, find)
     return survey
 
 

@@ -12,13 +12,13 @@ QUIET_SECONDS = 15.0
 """Between two lines when the output is not a terminal."""
 
 
-def bar(total: int | None, description: str, unit: str = "it", initial: int = 0) -> "tqdm[Any]":
-    """A progress bar with rate and time left; call `.update(n)` and `.close()`."""
+def bar(total: int | None, description: str, unit: str = "item", initial: int = 0) -> "tqdm[Any]":
+    """A bar with rate and time left that counts `unit`s; call `.update(n)` and `.close()`."""
     live = sys.stderr.isatty()
     return tqdm(
         total=total,
         desc=description,
-        unit=unit,
+        unit=f" {unit}s",
         initial=initial,
         file=sys.stderr,
         mininterval=0.2 if live else QUIET_SECONDS,

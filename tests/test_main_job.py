@@ -86,6 +86,7 @@ def test_a_shard_set_can_be_looked_at(run: Path, tmp_path: Path) -> None:
     assert "toy_pairs-" in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_steps_one_by_one_leave_the_same_files_and_figures(
     run: Path, summary: dict[str, dict[str, float]]
 ) -> None:

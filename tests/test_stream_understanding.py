@@ -271,6 +271,7 @@ def test_the_list_of_answers_is_counted_written_and_read_back(sets, tmp_path, ca
     assert "no questions agree on an answer" in said and "at most 40 questions agree" in said
 
 
+@pytest.mark.slow
 def test_pretraining_on_questions_and_on_captions_lowers_the_loss(sets, tmp_path):
     """Two runs at once, one of them on two ranks."""
     (tmp_path / "answers.txt").write_text("".join(f"{answer}\n" for answer in ANSWERS))

@@ -24,9 +24,9 @@ from page_parser import (
     shown,
 )
 
-from glipv2.jobs import cli, view
+from glipv2.jobs import cli, sampling, view
 from glipv2.jobs.mask_overlay import MAX_MASKS
-from glipv2.jobs.view import Wanted
+from glipv2.jobs.sampling import Wanted
 from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.records import Region
 from glipv2.pipeline.shards import write_shard_set
@@ -159,8 +159,8 @@ def test_boxes_of_other_scores_are_drawn_faintly(page_of):
 
 
 def test_a_rare_source_is_looked_for_until_there_are_enough(page_of, monkeypatch):
-    monkeypatch.setattr(view, "STRETCH", 2)
-    monkeypatch.setattr(view, "MAX_STRETCHES", 2)
+    monkeypatch.setattr(sampling, "STRETCH", 2)
+    monkeypatch.setattr(sampling, "MAX_STRETCHES", 2)
     records = [labelled(f"p-{n}", "rare" if n in (3, 12) else "web", 0.5) for n in range(20)]
     assert keys_shown(page_of(records, Wanted(sources=("rare",)))) == ["p-3", "p-12"]
     assert "among 4 that were read, of 20 in the set" in page_of(

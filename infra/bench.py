@@ -12,6 +12,7 @@ import torch
 import webdataset
 from bench_damage import bench_damage
 from bench_data import bench_data
+from bench_label import bench_label
 from bench_measure import row, seconds
 from bench_model import bench_model
 from bench_parts import bench_attention, bench_deform, bench_losses
@@ -36,6 +37,7 @@ def main() -> None:
     bench_data()
     bench_damage()
     bench_phrases(flickr30k)
+    bench_label()
 
 
 def bench_shards() -> None:

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def seconds(*works: Callable[[], object], repeats: int = 5) -> list[float]:
@@ -16,6 +17,13 @@ def seconds(*works: Callable[[], object], repeats: int = 5) -> list[float]:
             work()
             taken.append(time.process_time() - start)
     return [statistics.median(taken) for taken in times]
+
+
+def peak_memory() -> float:
+    """MiB that this process has had resident at most: not `ru_maxrss`, which begins with that of
+    the process that started this one."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) / 1024
 
 
 def row(name: str, ours: float, peer: float, peer_name: str, unit: str = "s") -> None:

@@ -1,0 +1,249 @@
+"""Ray as `pipeline/ray_map.py` uses it, on machines that come and go and a clock that jumps.
+
+No process is started: a worker's items take the seconds that a `Work` says, and their results are
+made at the moment they end. The same seed gives the same course of events.
+"""
+
+import contextlib
+import heapq
+import math
+import os
+import random
+import sys
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Protocol
+from unittest import mock
+
+from glipv2.pipeline import ray_map
+
+
+class Work(Protocol):
+    """What workers do."""
+
+    start_s: float
+
+    def seconds(self, item: Any) -> dict[str, float]:
+        """Of each part of an item's work, in their order."""
+        ...
+
+    def result(self, make_worker: Any, item: Any) -> Any: ...
+
+    def last_note(self, item: Any, seconds: float) -> Any:
+        """Of a worker that dies after so many seconds of an item's work."""
+        ...
+
+
+class DriverKilled(BaseException):
+    """No Exception, so that nothing handles it."""
+
+
+class ActorDied(Exception):
+    pass
+
+
+@dataclass(eq=False)
+class Ref:
+    """What a remote call returns."""
+
+    value: Any = None
+    error: Exception | None = None
+    done: bool = False
+
+    def end(self, value: Any = None, error: Exception | None = None) -> "Ref":
+        self.value, self.error, self.done = value, error, True
+        return self
+
+
+@dataclass(frozen=True)
+class Method:
+    remote: Callable[..., Ref]
+
+
+@dataclass(eq=False)
+class Job:
+    """What a worker is at: an item, or its start where there is none."""
+
+    item: Any
+    parts: dict[str, float]
+    ref: Ref = field(default_factory=Ref)
+    began: float = math.inf
+
+
+class Machine:
+    """Has room for one worker."""
+
+    def __init__(self, name: str) -> None:
+        self.rng = random.Random(name)
+        self.up = False
+        self.actor: Actor | None = None
+
+
+class Actor:
+    """A worker: waits for a machine, starts, then does one item at a time."""
+
+    def __init__(self, cluster: "Cluster", make_worker: Any, number: int, _notes: Any) -> None:
+        self.cluster, self.make_worker, self.number = cluster, make_worker, number
+        self.machine: Machine | None = None
+        self.job: Job | None = None
+        self.dead = False
+        self.start, self.work = Method(self._start), Method(self._work)
+
+    def _start(self) -> Ref:
+        self.job = Job(None, {"starting": self.cluster.work.start_s})
+        self.cluster.waiting.append(self)
+        self.cluster.place()
+        return self.job.ref
+
+    def _work(self, item: Any) -> Ref:
+        if self.dead:
+            return Ref().end(error=ActorDied())
+        self.job = Job(item, self.cluster.work.seconds(item))
+        self.begin()
+        return self.job.ref
+
+    def begin(self) -> None:
+        assert self.job is not None
+        self.job.began = self.cluster.now
+        self.cluster.after(sum(self.job.parts.values()), partial(self._finish, self.job))
+
+    def _finish(self, job: Job) -> None:
+        if self.job is not job:
+            return  # it died, or was ended, before
+        self.job = None
+        for part, seconds in job.parts.items():
+            self.cluster.spent_s[part] += seconds
+        started = job.item is None
+        job.ref.end(None if started else self.cluster.work.result(self.make_worker, job.item))
+
+    def stop(self) -> None:
+        """Its machine is gone, or the driver wants no more of it."""
+        job, machine = self.job, self.machine
+        if job is not None and machine is not None:
+            kind = "starting" if job.item is None else "lost"
+            self.cluster.spent_s[kind] += self.cluster.now - job.began
+        if machine is not None:
+            machine.actor = None
+        elif not self.dead:
+            self.cluster.waiting.remove(self)
+        self.job, self.machine, self.dead = None, None, True
+        self.cluster.place()
+
+
+class Cluster:
+    """So many machines of one worker each; each fails and is replaced on its own."""
+
+    def __init__(
+        self,
+        work: Work,
+        machines: int,
+        *,
+        failures_per_s: float = 0.0,
+        replaced_after_s: float = 300.0,
+        driver_dies_s: float = math.inf,
+        seed: int = 0,
+    ) -> None:
+        self.work, self.failures_per_s = work, failures_per_s
+        self.replaced_after_s, self.driver_dies_s = replaced_after_s, driver_dies_s
+        self.now = 0.0
+        self.spent_s: dict[str, float] = defaultdict(float)
+        """Seconds of all machines: the parts of finished items, "starting", and "lost"."""
+        self.deaths = 0
+        """Of workers."""
+        self.waiting: deque[Actor] = deque()
+        self.notes: dict[int, Any] = {}
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.scheduled = 0
+        self.machines = [Machine(f"{seed}/{number}") for number in range(machines)]
+        for machine in self.machines:
+            self._lend(machine)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """In the place of Ray."""
+        ray = SimpleNamespace(
+            exceptions=SimpleNamespace(RayActorError=ActorDied, RayTaskError=()),
+            is_initialized=lambda: True,
+            cluster_resources=lambda: {"CPU": len(self.machines), "GPU": len(self.machines)},
+            wait=self.wait,
+            get=_get,
+            kill=lambda actor: actor.stop(),
+        )
+        last = Method(lambda number: Ref().end(self.notes.get(number)))
+        notes = SimpleNamespace(last=last, stop=lambda: None)
+        actors = SimpleNamespace(remote=partial(Actor, self))
+        real = sys.modules.get("ray")
+        sys.modules["ray"] = ray  # type: ignore[assignment]
+        try:
+            with (
+                mock.patch.dict(os.environ, {"RAY_ADDRESS": "simulated"}),
+                mock.patch.object(ray_map, "_actor_class", lambda gpus, cpus: actors),
+                mock.patch.object(ray_map, "_notes_actor", lambda: notes),
+            ):
+                yield
+        finally:
+            del sys.modules["ray"]
+            if real is not None:
+                sys.modules["ray"] = real
+
+    def wait(self, refs: Sequence[Ref], num_returns: int) -> tuple[list[Ref], list[Ref]]:
+        while not (done := [ref for ref in refs if ref.done]):
+            if self.events[0][0] > self.driver_dies_s:
+                self.now, self.driver_dies_s = self.driver_dies_s, math.inf
+                raise DriverKilled
+            self._next_event()
+        return done[:num_returns], [ref for ref in refs if ref not in done[:num_returns]]
+
+    def pass_time(self, seconds: float) -> None:
+        """Without a driver."""
+        until = self.now + seconds
+        while self.events and self.events[0][0] <= until:
+            self._next_event()
+        self.now = until
+
+    def after(self, seconds: float, happen: Callable[[], None]) -> None:
+        self.scheduled += 1
+        heapq.heappush(self.events, (self.now + seconds, self.scheduled, happen))
+
+    def place(self) -> None:
+        """Workers that wait on machines that are free."""
+        for machine in self.machines:
+            if self.waiting and machine.up and machine.actor is None:
+                actor = self.waiting.popleft()
+                machine.actor, actor.machine = actor, machine
+                actor.begin()
+
+    def _next_event(self) -> None:
+        self.now, _, happen = heapq.heappop(self.events)
+        happen()
+
+    def _lend(self, machine: Machine) -> None:
+        machine.up = True
+        if self.failures_per_s:
+            lent_s = machine.rng.expovariate(self.failures_per_s)
+            self.after(lent_s, partial(self._fail, machine))
+        self.place()
+
+    def _fail(self, machine: Machine) -> None:
+        machine.up = False
+        self.after(self.replaced_after_s, partial(self._lend, machine))
+        actor = machine.actor
+        if actor is None:
+            return
+        self.deaths += 1
+        job = actor.job
+        actor.stop()
+        if job is not None:
+            if job.item is not None:
+                note = self.work.last_note(job.item, self.now - job.began)
+                self.notes[actor.number] = note
+            job.ref.end(error=ActorDied())
+
+
+def _get(ref: Ref) -> Any:
+    if ref.error is not None:
+        raise ref.error
+    return ref.value

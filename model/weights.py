@@ -52,7 +52,7 @@ def from_pretrained(url: str | Path) -> tuple[GLIPv2, Tokenizer]:
     """
     url = str(url)
     scheme_of(url)
-    filesystem, _ = fsspec.url_to_fs(url)
+    filesystem, _ = fsspec.url_to_fs(url, use_listings_cache=False)  # a run may have a newer step
     folder = model_folder(url, filesystem.exists, lambda folder: _names(filesystem, folder))
     try:
         files = {name: filesystem.cat_file(f"{folder.rstrip('/')}/{name}") for name in MODEL_FILES}

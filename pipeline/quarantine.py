@@ -12,12 +12,24 @@ MAX_DETAIL = 500
 log = logging.getLogger(__name__)
 
 
+def quarantine_line(source: str, shard: str, key: str, bad: BadSample) -> bytes:
+    """A sample's line {source, shard, key, reason, detail}."""
+    line = {
+        "source": source,
+        "shard": shard,
+        "key": key,
+        "reason": bad.reason,
+        "detail": bad.detail[:MAX_DETAIL],
+    }
+    return json.dumps(line).encode() + b"\n"
+
+
 class Quarantine:
     """Callable as `on_bad`; any number of processes may append to one file at once.
 
-    With a local `path` the lines {source, shard, key, reason, detail} go there; without one, or on
-    an object store, which can't append, only this process's counts are kept. It may be pickled:
-    the copy starts counting at zero.
+    With a local `path` a `quarantine_line` each goes there; without one, or on an object store,
+    which can't append, only this process's counts are kept. It may be pickled: the copy starts
+    counting at zero.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -32,14 +44,7 @@ class Quarantine:
         log.warning("skipped %s/%s in %s: %s", source, key, shard, bad)
         if self.path is None:
             return
-        line = {
-            "source": source,
-            "shard": shard,
-            "key": key,
-            "reason": bad.reason,
-            "detail": bad.detail[:MAX_DETAIL],
-        }
-        self._append(json.dumps(line).encode() + b"\n")
+        self._append(quarantine_line(source, shard, key, bad))
 
     def counts(self) -> Counter[str]:
         """Reason -> samples: of all processes with a file, of this one without."""

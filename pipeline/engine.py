@@ -1,5 +1,6 @@
 """DeepSpeed around the model: one optimiser step, and the derived ZeRO configuration."""
 
+import atexit
 import math
 import os
 from typing import Any
@@ -37,6 +38,13 @@ def init_distributed() -> None:
         auto_mpi_discovery=False,
         verbose=False,
     )
+    if backend == "gloo":  # its threads, when they outlive the interpreter, may abort the process
+        atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def zero_config(train: TrainConfig, micro_batch: int) -> dict[str, Any]:

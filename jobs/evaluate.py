@@ -202,10 +202,10 @@ class Predictor:
         return {record.key: d for record, d in zip(records, detections, strict=True)}
 
     def _grounder(self, checkpoint: str) -> Any:
-        from glipv2.jobs.pretrain import random_model
         from glipv2.model.grounder import Grounder
         from glipv2.pipeline.checkpoint import load_model
         from glipv2.pipeline.dist import local_device
+        from glipv2.pipeline.initial_model import random_model
 
         if self.loaded[0] != checkpoint:
             if checkpoint == RANDOM:

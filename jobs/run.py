@@ -41,9 +41,10 @@ def main_job(config: RunConfig, phases: dict[str, RunConfig]) -> dict[str, Any]:
     from glipv2.jobs.evaluate import all_models, evaluate
     from glipv2.jobs.label import label
     from glipv2.jobs.prepare import prepare_recipe
-    from glipv2.jobs.pretrain import check_same_run, pretrain
+    from glipv2.jobs.pretrain import pretrain
     from glipv2.jobs.report import write_report
     from glipv2.jobs.summary import summarise
+    from glipv2.pipeline.run_settings import check_same_run
 
     run_dir = config.run_dir
     for phase_config in phases.values():

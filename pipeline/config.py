@@ -7,13 +7,9 @@ A recipe holds only what differs from these defaults. Precedence, lowest first: 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from glipv2.model.config import LossWeights, ModelConfig, Tune
-from glipv2.pipeline.errors import ConfigError
-
-
-def _require(condition: bool, key: str, rule: str, value: object) -> None:
-    if not condition:
-        raise ConfigError(f"{key} must be {rule}, not {value!r}")
+from glipv2.model.config import LossWeights, ModelConfig
+from glipv2.pipeline.errors import require
+from glipv2.pipeline.train_config import TUNED_PARTS, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +35,12 @@ class CleanConfig:
     """ISO 639-1 codes, such as en: captions that are surely in another language are dropped."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.look_distance <= 7, "clean.look_distance", "between 0 and 7",
+        require(0 <= self.look_distance <= 7, "clean.look_distance", "between 0 and 7",
                  self.look_distance)  # fmt: skip
-        _require(self.max_aspect == 0 or self.max_aspect >= 1, "clean.max_aspect",
+        require(self.max_aspect == 0 or self.max_aspect >= 1, "clean.max_aspect",
                  "0 or at least 1", self.max_aspect)  # fmt: skip
         for key in ("min_side", "min_words", "max_words"):
-            _require(getattr(self, key) >= 0, f"clean.{key}", "0 or more", getattr(self, key))
+            require(getattr(self, key) >= 0, f"clean.{key}", "0 or more", getattr(self, key))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +77,8 @@ class PrepareConfig:
     clean: CleanConfig = field(default_factory=CleanConfig)
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "seed", "0 or more", self.seed)
-        _require(self.min_count >= 1, "min_count", "1 or more", self.min_count)
+        require(self.seed >= 0, "seed", "0 or more", self.seed)
+        require(self.min_count >= 1, "min_count", "1 or more", self.min_count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,65 +134,19 @@ class DataConfig:
     """Stop when more than this share of the samples read had to be skipped."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.short_sides), "data.short_sides", "a list of sizes", self.short_sides)
-        _require(self.long_side >= max(self.short_sides), "data.long_side",
+        require(bool(self.short_sides), "data.short_sides", "a list of sizes", self.short_sides)
+        require(self.long_side >= max(self.short_sides), "data.long_side",
                  "at least the largest of data.short_sides", self.long_side)  # fmt: skip
         for name, weight in self.mixture.items():
-            _require(weight > 0, f"data.mixture.{name}", "positive", weight)
+            require(weight > 0, f"data.mixture.{name}", "positive", weight)
         for key in ("flip", "crop", "full_negatives_share", "caption_packing", "mlm_probability"):
             value = getattr(self, key)
-            _require(0 <= value <= 1, f"data.{key}", "between 0 and 1", value)
-        _require(0 < self.crop_least <= 1, "data.crop_least", "in (0, 1]", self.crop_least)
-        _require(self.unit_samples > 0, "data.unit_samples", "positive", self.unit_samples)
-        _require(self.window_units > 0, "data.window_units", "positive", self.window_units)
-        _require(self.cache_gb > 0, "data.cache_gb", "positive", self.cache_gb)
-        _require(self.workers >= 0, "data.workers", "0 or more", self.workers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    steps: int = 1000
-    global_batch: int = 64
-    """Images per optimiser step, over all ranks; the world size never changes it."""
-    processes: int = 1
-    """Ranks started on this machine when no launcher (torchrun, deepspeed) has set WORLD_SIZE."""
-    threads: int = 1
-    """CPU threads of one rank."""
-    init: str | None = None
-    """Phase, run folder or checkpoint whose weights the run starts from; null starts at random."""
-    tune: Tune = "full"
-    """What is trained: everything, GLIP's linear probe (box, centerness and alignment heads), the
-    table of a fixed prompt (needs model.prompt_rows and data.fixed_prompts), or one head alone."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    compile: bool = False
-    """Whether torch.compile fuses the model: minutes at every start, then faster steps."""
-    learning_rate: float = 1e-4
-    text_learning_rate: float = 1e-5
-    """Of the text encoder; the BERT layers of the fusion tower use `learning_rate` (facts G.1)."""
-    head_learning_rate: float = 1e-4
-    """Of everything after the two encoders and the pyramid."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    """Clip the global gradient norm to this; 0 switches clipping off."""
-    warmup_steps: int = 2000
-    schedule: Literal["steps", "cosine"] = "steps"
-    """After the warm-up: x 0.1 at 67 % and 89 % (GLIP), or flat and then a cosine to zero."""
-    flat_share: float = 0.4
-    """cosine: share of the run at the full rate."""
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 3
-    """Committed checkpoints that are kept; older ones are deleted."""
-
-    def __post_init__(self) -> None:
-        for key in ("steps", "global_batch", "processes", "threads", "checkpoint_every"):
-            _require(getattr(self, key) > 0, f"train.{key}", "positive", getattr(self, key))
-        for key in ("learning_rate", "text_learning_rate", "head_learning_rate"):
-            _require(getattr(self, key) > 0, f"train.{key}", "positive", getattr(self, key))
-        _require(self.keep_checkpoints > 0, "train.keep_checkpoints", "1 or more",
-                 self.keep_checkpoints)  # fmt: skip
-        _require(0 <= self.flat_share <= 1, "train.flat_share", "in [0, 1]", self.flat_share)
+            require(0 <= value <= 1, f"data.{key}", "between 0 and 1", value)
+        require(0 < self.crop_least <= 1, "data.crop_least", "in (0, 1]", self.crop_least)
+        require(self.unit_samples > 0, "data.unit_samples", "positive", self.unit_samples)
+        require(self.window_units > 0, "data.window_units", "positive", self.window_units)
+        require(self.cache_gb > 0, "data.cache_gb", "positive", self.cache_gb)
+        require(self.workers >= 0, "data.workers", "0 or more", self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,12 +171,12 @@ class PhraseConfig:
     def __post_init__(self) -> None:
         kind, _, model = self.parser.partition(":")
         known = self.parser == "lexicon" or (kind == "spacy" and model != "")
-        _require(known, "label.phrases.parser", "lexicon or spacy:MODEL", self.parser)
+        require(known, "label.phrases.parser", "lexicon or spacy:MODEL", self.parser)
         said = all(text.strip() for text in self.stop)
-        _require(said, "label.phrases.stop", "a list of words", self.stop)
+        require(said, "label.phrases.stop", "a list of words", self.stop)
         for key in ("max_words", "min_length"):
             value = getattr(self, key)
-            _require(value > 0, f"label.phrases.{key}", "positive", value)
+            require(value > 0, f"label.phrases.{key}", "positive", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,11 +215,11 @@ class LabelConfig:
 
     def __post_init__(self) -> None:
         for key in ("max_boxes", "batch_size", "decode_threads", "window"):
-            _require(getattr(self, key) > 0, f"label.{key}", "positive", getattr(self, key))
+            require(getattr(self, key) > 0, f"label.{key}", "positive", getattr(self, key))
         least, most = self.num_actors
-        _require(0 < least <= most, "label.num_actors", "two numbers [least, most]",
+        require(0 < least <= most, "label.num_actors", "two numbers [least, most]",
                  self.num_actors)  # fmt: skip
-        _require(0 < self.target_precision <= 1, "label.target_precision", "in (0, 1]",
+        require(0 < self.target_precision <= 1, "label.target_precision", "in (0, 1]",
                  self.target_precision)  # fmt: skip
 
 
@@ -293,18 +243,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         for key in ("chunk_size", "curve_images", "num_actors", "batch_size"):
-            _require(getattr(self, key) > 0, f"eval.{key}", "positive", getattr(self, key))
-
-
-TUNED_PARTS: dict[Tune, str | None] = {
-    "full": None,
-    "linear_probe": None,
-    "prompt": "prompt_rows",
-    "mask_head": "masks",
-    "answer_head": "answers",
-    "caption_head": "captions",
-}
-"""What must be set in `model` for each kind of tuning."""
+            require(getattr(self, key) > 0, f"eval.{key}", "positive", getattr(self, key))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,12 +266,12 @@ class RunConfig:
     early when labels on the gold set get no better."""
 
     def __post_init__(self) -> None:
-        _require(self.rounds > 0, "rounds", "positive", self.rounds)
-        _require(self.seed >= 0, "seed", "0 or more", self.seed)
+        require(self.rounds > 0, "rounds", "positive", self.rounds)
+        require(self.seed >= 0, "seed", "0 or more", self.seed)
         part = TUNED_PARTS[self.train.tune]
         if part is not None:
             value = getattr(self.model, part)
-            _require(bool(value), f"model.{part}", f"set for train.tune={self.train.tune}", value)
+            require(bool(value), f"model.{part}", f"set for train.tune={self.train.tune}", value)
 
     @property
     def data_root(self) -> str:

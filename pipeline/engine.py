@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from glipv2.model.batch import Batch, Collectives
 from glipv2.model.config import LossWeights
 from glipv2.pipeline import dist
-from glipv2.pipeline.config import TrainConfig
 from glipv2.pipeline.errors import NonFiniteLossError
 from glipv2.pipeline.optim import build_optimizer, schedule_factor, set_learning_rate
+from glipv2.pipeline.train_config import TrainConfig
 
 
 def init_distributed() -> None:

@@ -41,3 +41,9 @@ class BadSample(Exception):
 
     def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str]]:
         return BadSample, (self.reason, self.detail)
+
+
+def require(condition: bool, key: str, rule: str, value: object) -> None:
+    """Raise ConfigError, saying by which rule the setting `key` can't be `value`."""
+    if not condition:
+        raise ConfigError(f"{key} must be {rule}, not {value!r}")

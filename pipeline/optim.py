@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from glipv2.pipeline.config import TrainConfig
+from glipv2.pipeline.train_config import TrainConfig
 
 
 def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, object]]:

@@ -10,10 +10,10 @@ from typing import cast
 import pytest
 
 from glipv2.model.batch import Batch
-from glipv2.pipeline.config import TrainConfig
 from glipv2.pipeline.engine import check_finite, zero_config
 from glipv2.pipeline.errors import NonFiniteLossError
 from glipv2.pipeline.optim import schedule_factor
+from glipv2.pipeline.train_config import TrainConfig
 
 WORKER = Path(__file__).parent / "workers" / "engine_worker.py"
 SAVED = 5

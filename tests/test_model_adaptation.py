@@ -8,9 +8,9 @@ from glipv2.model.adaptation import adopt, set_trainable
 from glipv2.model.batch import NO_CATEGORY, NO_WORD, Batch
 from glipv2.model.config import ModelConfig, Tune, preset
 from glipv2.model.glip import GLIPv2, build_model
-from glipv2.pipeline.config import TrainConfig
 from glipv2.pipeline.config_loader import config_from_tree
 from glipv2.pipeline.optim import build_optimizer
+from glipv2.pipeline.train_config import TrainConfig
 
 PLAIN = dataclasses.replace(preset("tiny"), masked_words=False, contrast=False)
 TUNABLE = dataclasses.replace(PLAIN, prompt_rows=96)

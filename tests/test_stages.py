@@ -13,10 +13,10 @@ import yaml
 
 from glipv2.jobs import doctor, stages
 from glipv2.jobs.cli import main
-from glipv2.jobs.pretrain import note_settings
 from glipv2.jobs.stages import stage, stage_seconds
 from glipv2.pipeline.config_loader import load_config
 from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.run_settings import note_settings
 from glipv2.pipeline.runlog import LossLog, read_losses
 
 RECIPE = "infra/recipes/quickstart.yaml"

@@ -63,6 +63,7 @@ def test_the_summary_holds_what_was_measured_and_no_more(tmp_path: Path) -> None
         "real_set": "cells",
         "random_weights_cells_ap50": 0.0012,
         "seconds": {},
+        "rounds": [],
     }
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     for name in ("config.yaml", "versions.json", "quarantine.jsonl"):
@@ -101,6 +102,7 @@ def test_the_table_has_a_column_a_phase_and_a_line_a_figure() -> None:
         "real_set": "bccd",
         "random_weights_bccd_ap50": 0.0012,
         "seconds": {"prepare": 19.4, "teacher": 100.0},
+        "rounds": [{"gold": {"precision": 0.9, "recall": 0.5, "f1": 0.643}}],
     }
     assert rows(summary) == [
         "teacher student",
@@ -108,6 +110,7 @@ def test_the_table_has_a_column_a_phase_and_a_line_a_figure() -> None:
         "bccd_ap50 0.500 0.600",
         "recall_at_1 0.750 1.000",
         "pseudo labels: precision 0.900, recall 0.800, 7 boxes kept on 5 pairs",
+        "round 1: labels on gold: precision 0.900, recall 0.500, F1 0.643",
         "random weights: bccd_ap50 0.001",
         "seconds: prepare 19, teacher 100; together 119",
     ]
@@ -121,5 +124,6 @@ def test_the_table_without_toy_truth_or_real_images_leaves_those_lines_out() -> 
         "labels": {"threshold": 0.4},  # no truth of the labels is known
         "real_set": "",
         "seconds": {},
+        "rounds": [],
     }
     assert rows(summary) == ["teacher control", "bccd_ap50 0.500 -", "seconds: ; together 0"]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from glipv2.model.config import LossWeights
 from glipv2.pipeline import dist
-from glipv2.pipeline.config import TrainConfig
 from glipv2.pipeline.engine import build_engine, init_distributed, train_step
 from glipv2.pipeline.optimizer_state import full_state, load_full_state
+from glipv2.pipeline.train_config import TrainConfig
 
 GLOBAL_BATCH, SAVED, LAST = 4, 5, 10
 

@@ -12,12 +12,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from bench_measure import note, peak_memory, row, seconds
 
@@ -80,59 +83,76 @@ def save_teacher(folder: Path) -> None:
 
 
 def bench_rate(pairs: ShardSet, settings: LabelConfig, folder: str) -> None:
-    """Pairs a second of two workers that write shards, and of two processes with a bare loop."""
+    """Two workers that write shards, and two processes with a bare loop: pairs a second of wall
+    time, and of processor time, which other work on the machine moves less."""
     ours, bare = [], []
     for turn in range(3):
-        ours.append(pool_rate(pairs, settings, f"{folder}/labelled-{turn}"))
-        bare.append(bare_rate(pairs, settings))
-    rates = " ".join(f"{rate:.1f}" for rate in (*ours, *bare))
-    note("  of each run: ours, then the bare loops", f"{rates} /s")
-    best, peer = statistics.median(ours), statistics.median(bare)
-    note(f"pairs labelled, {WORKERS} workers: two bare loops", f"{peer:9.1f} /s   "
-         f"ours {best / peer:6.2f} x")  # fmt: skip
+        ours.append(pool_rates(pairs, settings, f"{folder}/labelled-{turn}"))
+        bare.append(bare_rates(pairs, settings))
+        shown = " ".join(f"{rate:8.1f}" for rate in (*ours[-1], *bare[-1]))
+        note("  ours, of wall and CPU; the bare loops", f"{shown} /s")
+    for kind, own, peer in zip(("time", "CPU"), zip(*ours, strict=True), zip(*bare, strict=True),
+                               strict=True):  # fmt: skip
+        best, peer_best = statistics.median(own), statistics.median(peer)
+        note(f"pairs per second of {kind}: {WORKERS} bare loops",
+             f"{peer_best:9.1f} /s   ours {best / peer_best:6.2f} x")  # fmt: skip
 
 
-def pool_rate(pairs: ShardSet, settings: LabelConfig, out: str) -> float:
-    """From the end of a quarter of the shards, when all workers have started, to the last one's."""
+class TimedWorker(label._Worker):
+    def __call__(self, task: ShardTask) -> Any:
+        info = super().__call__(task)
+        times = {"worker": os.getpid(), "wall_s": time.perf_counter(), "cpu_s": time.process_time()}
+        return replace(info, stats=times)  # type: ignore[type-var]
+
+
+def pool_rates(pairs: ShardSet, settings: LabelConfig, out: str) -> tuple[float, float]:
+    """Of all workers together, each from the end of its first shard to that of its last."""
     import ray
+    import ray.cloudpickle
 
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     tasks = [ShardTask(number=number) for number in range(len(pairs.shards))]
-    results = label.label_on_ray(settings, pairs, tasks, out, STAMP)
-    ends = [time.perf_counter() for _ in results]
+    ends: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    with mock.patch.object(label, "_Worker", TimedWorker):
+        for _, info in label.label_on_ray(settings, pairs, tasks, out, STAMP):
+            ends[info.stats["worker"]].append((info.stats["wall_s"], info.stats["cpu_s"]))
     ray.shutdown()
-    first = len(ends) // 4 - 1
-    return PER_SHARD * (len(ends) - 1 - first) / (ends[-1] - ends[first])
+    first, last = (np.array([own[which] for own in ends.values()]) for which in (0, -1))
+    labelled_W1 = PER_SHARD * np.array([[len(own) - 1] for own in ends.values()])
+    wall, _ = (labelled_W1 / (last - first)).sum(0)
+    _, cpu = labelled_W1.sum() / (last - first).sum(0)
+    return float(wall), float(cpu)
 
 
-def bare_rate(pairs: ShardSet, settings: LabelConfig) -> float:
+def bare_rates(pairs: ShardSet, settings: LabelConfig) -> tuple[float, float]:
     """The processes begin together; each has every second shard."""
     context = multiprocessing.get_context("spawn")
-    start, rates = context.Barrier(WORKERS), context.Queue()
+    start, taken = context.Barrier(WORKERS), context.Queue()
     processes = [
         context.Process(
             target=_bare_process,
-            args=(pairs.url, settings, range(first, len(pairs.shards), WORKERS), start, rates),
+            args=(pairs.url, settings, range(first, len(pairs.shards), WORKERS), start, taken),
         )
         for first in range(WORKERS)
     ]
     for process in processes:
         process.start()
-    total = sum(rates.get() for _ in processes)
+    wall_s, cpu_s = zip(*(taken.get() for _ in processes), strict=True)
     for process in processes:
         process.join()
-    return total
+    return sum(pairs.samples / WORKERS / seconds for seconds in wall_s), pairs.samples / sum(cpu_s)
 
 
 def _bare_process(
-    url: str, settings: LabelConfig, numbers: Sequence[int], start: Any, rates: Any
+    url: str, settings: LabelConfig, numbers: Sequence[int], start: Any, taken: Any
 ) -> None:
     torch.set_num_threads(1)
     loop = BareLoop(open_shard_set(url), settings, numbers)
     loop(PER_SHARD)
     start.wait()
-    began = time.perf_counter()
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
     loop()
-    rates.put(len(numbers) * PER_SHARD / (time.perf_counter() - began))
+    taken.put((time.perf_counter() - wall_s, time.process_time() - cpu_s))
 
 
 class BareLoop:

@@ -46,6 +46,13 @@ def finish(*arguments: object, code: int = 0, timeout: float = TIMEOUT) -> str:
     return out + err
 
 
+def error_line(said: str, command: str) -> str:
+    """The one line a command ends with; s3fs may still grumble when its connections are closed."""
+    [told] = [line for line in said.splitlines() if line.startswith(f"glipv2 {command}: ")]
+    assert "Traceback" not in said[: said.index(told)]
+    return told
+
+
 def kill_when(condition: Callable[[], bool], *arguments: object, victim: str = "") -> int:
     """Start a command, SIGKILL it (or its descendant whose command line has `victim`) as soon as
     the condition holds; returns the exit code."""

@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import s3_server  # noqa: E402
 from fault_proxy import Proxy, proxy_to  # noqa: E402
 
+from glipv2.pipeline import retries  # noqa: E402
+
 BUCKET = "glipv2-tests"
 
 
@@ -45,3 +47,10 @@ def s3_folder(s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setenv(name, value)
     s3_proxy.set()
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process no layer but ours tries a request again, and that at once."""
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.002)
+    monkeypatch.setattr(retries, "REQUEST_TRIES", 1)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -63,6 +64,7 @@ def running() -> Iterator[str]:
                     "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}",
                     f"-s3.config={config}", "-s3.autoCreateBucket=false",
                     "-s3.port.iceberg=0", "-s3.port.lance=0",
+                    f"-filer.localSocket={folder}/filer", f"-s3.localSocket={folder}/s3",
                 ],
                 cwd=folder,
                 stdout=log,
@@ -86,6 +88,58 @@ def plain_client(endpoint: str) -> s3fs.S3FileSystem:
         client_kwargs={"region_name": "us-east-1"},
         use_listings_cache=False,
     )
+
+
+def content(store: s3fs.S3FileSystem, url: str) -> dict[str, object]:
+    """Path below the folder -> what each of its objects holds, but for names drawn at random."""
+    root = url.removeprefix("s3://") + "/"
+    names = [path.removeprefix(root) for path in store.find(url) if path.startswith(root)]
+    return {name: without_attempt(name, store.cat_file(root + name)) for name in names}
+
+
+def without_attempt(name: str, data: bytes) -> object:
+    """A commit record names the attempt that won, at random; all else is decided by the data."""
+    return {**json.loads(data), "attempt": ""} if name.startswith("commits/") else data
+
+
+@contextmanager
+def watched(
+    store: s3fs.S3FileSystem, url: str, final: dict[str, bytes], pause: float = 0.05
+) -> Iterator[list[str]]:
+    """Look at every object with a final name all the time; what isn't whole is listed."""
+    torn: list[str] = []
+    ended = threading.Event()
+    root = url.removeprefix("s3://") + "/"
+
+    def look() -> None:
+        for path, entry in store.find(url, detail=True).items():
+            name = path.removeprefix(root)
+            if not path.startswith(root) or name.startswith("attempts/"):
+                continue  # the server lists an empty folder as an object
+            try:
+                data = store.cat_file(path)
+            except FileNotFoundError:
+                torn.append(f"{name}: gone after it was listed")
+                continue
+            if name not in final:
+                torn.append(f"{name}: no such file belongs there")
+            elif without_attempt(name, data) != without_attempt(name, final[name]):
+                torn.append(f"{name}: {len(data)} bytes that differ")
+            elif entry["size"] != len(data):
+                torn.append(f"{name}: {len(data)} bytes, listed with {entry['size']}")
+
+    def watch() -> None:
+        while not ended.wait(pause):
+            look()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield torn
+    finally:
+        ended.set()
+        thread.join()
+    look()
 
 
 def create_each(urls: list[str], name: str, results: Any) -> None:

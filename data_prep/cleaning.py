@@ -5,9 +5,11 @@ dropped/SHARD.jsonl; without the rule the same command brings the samples back.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from functools import cache
+from locale import locale_alias
 from typing import Any
 
 from glipv2.data_prep.looks import Look, Looks, look_of, perceptual_hash
@@ -15,7 +17,7 @@ from glipv2.data_prep.reasons import Dropped
 from glipv2.data_prep.source import Row
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import CleanConfig
-from glipv2.pipeline.errors import BadSample, DataError
+from glipv2.pipeline.errors import BadSample, ConfigError, DataError
 from glipv2.pipeline.records import Record
 from glipv2.pipeline.shards import open_shard_set, parse_record, read_raw
 
@@ -30,13 +32,17 @@ class Cleaner:
     record: Callable[[Row, Dropped], Record]
     rules: CleanConfig
     excluded: Looks
+    excluded_names: Mapping[int, str] = field(default_factory=dict)
+    """Hash -> an image that has it, for people."""
 
     def __call__(self, row: Row, dropped: Dropped) -> Record:
         made = self.record(row, dropped)
         _check_image(made, self.rules)
         _check_caption(made, self.rules)
-        if self.excluded and self.excluded.has(perceptual_hash(made.image)):
-            raise BadSample("excluded")
+        if self.excluded:
+            found = self.excluded.nearest(perceptual_hash(made.image))
+            if found is not None:
+                raise BadSample("excluded", self.excluded_names.get(found, ""))
         return made
 
 
@@ -48,14 +54,30 @@ def clean_plan(rules: CleanConfig) -> dict[str, Any]:
     return {**asdict(rules), "exclude": digests, "languages": list(rules.languages)}
 
 
-def hashes_of_shard(place: tuple[str, int]) -> list[int]:
-    """Perceptual hashes of all images of one shard: (set's URL, number of the shard)."""
+def check_languages(languages: Sequence[str]) -> None:
+    """ConfigError for a code that captions are never found to have."""
+    known = sorted(set(_identifier().labels)) if languages else []
+    for code in languages:
+        if code not in known:
+            plain = code.lower()
+            word = locale_alias.get(plain, plain).split("_")[0]  # english is en_EN.ISO8859-1
+            near = [word] if word in known else get_close_matches(plain[:2], known, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise ConfigError(
+                f"clean.languages must be ISO 639 codes, not {code!r}; {hint}known codes: "
+                f"{', '.join(known)}"
+            )
+
+
+def hashes_of_shard(place: tuple[str, int]) -> list[tuple[int, str]]:
+    """The perceptual hash of each image of one shard, (set's URL, number of the shard), and the
+    image's key and set."""
     url, number = place
     shard_set = open_shard_set(url)
     hashes = []
     for raw in read_raw(shard_set, number, 0, shard_set.shards[number].samples):
         try:
-            hashes.append(perceptual_hash(parse_record(raw).image))
+            hashes.append((perceptual_hash(parse_record(raw).image), f"{raw.key} of {url}"))
         except BadSample as bad:
             raise DataError(
                 f"{shard_set.shard_url(number)}: {raw.key}: {bad}; an --exclude set must be whole"
@@ -68,7 +90,7 @@ def shards_of(urls: Sequence[str]) -> list[tuple[str, int]]:
     return [(url, number) for url in urls for number in range(len(open_shard_set(url).shards))]
 
 
-def write_looks(url: str, record: Callable[[Row, Dropped], Record], rows: Sequence[Row]) -> None:
+def write_looks(url: str, record: Callable[[Row, Dropped], Record], rows: Iterable[Row]) -> None:
     """Keep at `url` what each row looks like, null where it can't be used."""
     if storage.exists(url):
         return

@@ -42,7 +42,7 @@ class ImageFolders:
     urls: tuple[str, ...]
 
     def check(self) -> None:
-        """DataError unless every folder is there."""
+        """DataError unless every folder is there and holds something."""
         for url in self.urls:
             check_folder(url, "image")
 
@@ -118,12 +118,15 @@ def record_key(name: str, number: int | None = None) -> str:
 
 
 def check_folder(url: str, what: str) -> None:
-    """DataError unless the folder is there."""
+    """DataError unless the folder is there and holds something."""
     if storage.is_local(url):
         folder = Path(storage.local_path(url))
         if folder.is_dir():
-            return
-        kind = "is a file, not a folder" if folder.exists() else "does not exist"
+            if any(folder.iterdir()):
+                return
+            kind = "is empty"
+        else:
+            kind = "is a file, not a folder" if folder.exists() else "does not exist"
     elif storage.list_names(url):
         return
     else:

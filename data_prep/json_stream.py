@@ -89,8 +89,9 @@ class _Text:
         self.dropped = 0
         """Characters of the file before the buffer."""
 
-    def broken(self, why: object) -> DataError:
-        place = self.dropped + self.start
+    def broken(self, why: str, at: int | None = None) -> DataError:
+        """`at` is a place in the buffer; None where reading stands."""
+        place = self.dropped + (self.start if at is None else at)
         return DataError(
             f"{self.url} is not valid JSON near character {place}: {why}; fetch it again"
         )
@@ -104,7 +105,7 @@ class _Text:
         try:
             text = self.decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise self.broken(error) from error
+            raise self.broken(f"no UTF-8 ({error.reason})", len(self.buffer)) from error
         self.dropped += self.start
         self.buffer, self.start, self.ended = self.buffer[self.start :] + text, 0, not data
         return True
@@ -152,13 +153,15 @@ class _Text:
                 if self.ended or rest.end() < len(self.buffer):  # type: ignore[union-attr]
                     self.start = end
                     return value
-                error = ""
+                error, place = "", end
+            except json.JSONDecodeError as failed:
+                error, place = failed.msg, failed.pos  # itself it would keep its buffer alive
             except (ValueError, RecursionError) as failed:
-                error = str(failed)  # the exception itself would keep its buffer alive
+                error, place = str(failed), self.start
             if error and len(self.buffer) - self.start >= MAX_ITEM:
-                raise self.broken(error)
+                raise self.broken(error, place)
             if not self.more() and error:
-                raise self.broken(error)
+                raise self.broken(error, place)
 
 
 class Lookup:

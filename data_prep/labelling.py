@@ -73,6 +73,8 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
     bad: list[tuple[str, str, str]] = field(default_factory=list)
     """(key, reason, detail) of pairs that can't be used."""
+    best_score: float = 0.0
+    """Highest of all boxes, kept or not, as finely as labels are stored; 0 without any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +210,9 @@ class ShardLabeller:
             tally.counts["no_phrase"] += 1
             return ()
         tally.counts["phrases"] += len(pair.phrases)
+        scores_K = detection.scores_K[detection.scores_K.isfinite()]
+        if len(scores_K):
+            tally.best_score = max(tally.best_score, round(float(scores_K.max()), 4))
         regions = select_regions(
             detection,
             pair.phrases,

@@ -7,7 +7,7 @@ changes of colour move few bits; a crop or a mirror image gives another hash.
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -82,10 +82,18 @@ class Looks:
 
     def has(self, value: int) -> bool:
         """Whether a known hash lies within the distance."""
-        return value in self._known or any(
-            (value ^ known).bit_count() <= self.distance
+        return value in self._known or any(True for _ in self._near(value))
+
+    def nearest(self, value: int) -> int | None:
+        """The known hash that differs least, the lowest of equals; None without one in reach."""
+        return min(self._near(value), key=lambda k: ((value ^ k).bit_count(), k), default=None)
+
+    def _near(self, value: int) -> Iterator[int]:
+        return (
+            known
             for found, (shift, mask) in zip(self._found, self._parts, strict=True)
             for known in found.get(value >> shift & mask, ())
+            if (value ^ known).bit_count() <= self.distance
         )
 
 

@@ -11,7 +11,7 @@ record per caption, so an image with five captions comes five times.
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from glipv2.data_prep.source import Row, Source
 from glipv2.data_prep.text_cleaning import clean_text, cut_text, has_letters
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import PrepareConfig
-from glipv2.pipeline.errors import BadSample, DataError
+from glipv2.pipeline.errors import BadSample, ConfigError, DataError
 from glipv2.pipeline.records import Record
 
 IMAGE_FIELDS = ("image", "image_path", "file_name", "filename", "file", "path")
@@ -34,6 +34,8 @@ IMAGE_FOLDERS = ("", "images", "Images")
 MAX_CAPTION = 1_000
 """Characters; far more than a prompt takes in."""
 MAX_LINE = 1_000_000
+MAX_FIELDS = 30
+"""Names of fields that an error lists."""
 
 
 class Pair(NamedTuple):
@@ -57,6 +59,12 @@ def pairs_source(options: PrepareConfig) -> Source:
             f"{folder} holds no .jsonl, .csv or .tsv table and no .txt file beside its images; "
             "give a folder with one of these"
         )
+    if options.caption_field:
+        if table is None:
+            raise ConfigError(
+                f"{folder} holds .txt files, which have no fields; caption_field is for tables"
+            )
+        check_field(options.caption_field, _objects(table, Dropped()), table)
     return Source(
         rows=partial(_rows, table, folder, options.caption_field),
         record=partial(_record, images),
@@ -79,7 +87,9 @@ def pairs_table(root: str) -> str | None:
     if not names:
         if storage.exists(root) and not (storage.is_local(root) and Path(root).is_dir()):
             raise DataError(f"{root} is none of {', '.join(TABLES)}; convert it to one of them")
-        raise DataError(f"{root} does not exist; give a folder or a table of image-text pairs")
+        empty = storage.is_local(root) and Path(storage.local_path(root)).is_dir()
+        kind = "is empty" if empty else "does not exist"
+        raise DataError(f"{root} {kind}; give a folder or a table of image-text pairs")
     tables = [name for name in names if Path(name).suffix.lower() in TABLES]
     if not tables and "captions.txt" in names:
         return storage.join(root, "captions.txt")  # the layout of Flickr8k: a CSV file in disguise
@@ -129,8 +139,10 @@ def _texts(folder: str) -> list[str]:
 
 
 def _pairs_of_folder(folder: str, dropped: Dropped) -> Iterator[Pair]:
-    images = ImageFolders((folder,)).by_stem()
-    for name in _texts(folder):
+    images, texts = ImageFolders((folder,)).by_stem(), _texts(folder)
+    for stem in sorted(set(images) - {name.removesuffix(".txt") for name in texts}):
+        dropped.note("text_missing", clean_text(images[stem]))
+    for name in texts:
         stem = name.removesuffix(".txt")
         if stem not in images:
             dropped.note("image_missing", clean_text(name))
@@ -146,13 +158,31 @@ def _pairs_of_folder(folder: str, dropped: Dropped) -> Iterator[Pair]:
             yield Pair(images[stem], line, "")
 
 
-def _pairs_of_table(table: str, dropped: Dropped, caption_field: str) -> Iterator[Pair]:
-    if table.lower().endswith(".jsonl"):
-        objects = json_objects(table, dropped)
-    else:
-        objects = csv_objects(table, dropped, IMAGE_FIELDS)
-    captions = (caption_field,) if caption_field else CAPTION_FIELDS
+def check_field(name: str, objects: Iterable[dict[str, Any]], where: str) -> None:
+    """DataError when there are objects, but none has the field; it lists those that they have."""
+    number, found = 0, dict[str, None]()
     for item in objects:
+        if name in item:
+            return
+        number += 1
+        found = found if len(found) > MAX_FIELDS else found | dict.fromkeys(item)
+    if number:
+        fields = ", ".join(clean_text(field)[:40] for field in list(found)[:MAX_FIELDS])
+        raise DataError(
+            f"{where}: none of {number:,} rows has the field {name!r}; "
+            f"there {'are ' + fields if fields else 'is none at all'}"
+        )
+
+
+def _objects(table: str, dropped: Dropped) -> Iterator[dict[str, Any]]:
+    if table.lower().endswith(".jsonl"):
+        return json_objects(table, dropped)
+    return csv_objects(table, dropped, IMAGE_FIELDS)
+
+
+def _pairs_of_table(table: str, dropped: Dropped, caption_field: str) -> Iterator[Pair]:
+    captions = (caption_field,) if caption_field else CAPTION_FIELDS
+    for item in _objects(table, dropped):
         image = _first_text(item, IMAGE_FIELDS)
         caption = _first_text(item, captions)
         if image is None or caption is None:

@@ -78,26 +78,32 @@ REASONS: dict[str, Reason] = {
 }
 
 
+class Note(NamedTuple):
+    reason: str
+    where: str
+    """File or row."""
+    like: str = ""
+    """The image of another set that the sample looks like."""
+
+
 class Dropped(Counter[str]):
     """How often each reason was met, and where; of bounded size, however much is noted."""
 
-    def __init__(
-        self, counts: Mapping[str, int] | None = None, notes: Iterable[tuple[str, str]] = ()
-    ) -> None:
+    def __init__(self, counts: Mapping[str, int] | None = None, notes: Iterable[Note] = ()) -> None:
         super().__init__(counts or {})
         self.notes = list(notes)
-        """(reason, where), of each reason the first MAX_NOTES."""
+        """Of each reason the first MAX_NOTES."""
 
-    def __reduce__(self) -> tuple[type["Dropped"], tuple[dict[str, int], list[tuple[str, str]]]]:
+    def __reduce__(self) -> tuple[type["Dropped"], tuple[dict[str, int], list[Note]]]:
         return Dropped, (dict(self), self.notes)
 
-    def note(self, reason: str, where: str) -> None:
+    def note(self, reason: str, where: str, like: str = "") -> None:
         """Count one of REASONS; `where` names the file or row for the user."""
         if reason not in REASONS:
             raise KeyError(f"{reason} is not among REASONS")
         self[reason] += 1
         if self[reason] <= MAX_NOTES:
-            self.notes.append((reason, where[:MAX_WHERE]))
+            self.notes.append(Note(reason, where[:MAX_WHERE], like[:MAX_WHERE]))
 
     def take(self) -> "Dropped":
         """All that was noted, which is forgotten here."""
@@ -109,9 +115,9 @@ class Dropped(Counter[str]):
     @property
     def unlisted(self) -> Counter[str]:
         """How often each reason was met beyond what `notes` lists."""
-        return Counter(self) - Counter(reason for reason, _ in self.notes)
+        return Counter(self) - Counter(note.reason for note in self.notes)
 
     @property
     def first(self) -> dict[str, str]:
         """Where each reason was met first."""
-        return dict(reversed(self.notes))
+        return {note.reason: note.where for note in reversed(self.notes)}

@@ -1,7 +1,7 @@
 """Every kind of source behind one door: options in, rows and records out."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from glipv2.data_prep.coco import coco_source
@@ -10,7 +10,7 @@ from glipv2.data_prep.flickr30k_entities import flickr30k_source
 from glipv2.data_prep.glip_tsv import glip_tsv_source
 from glipv2.data_prep.lvis import lvis_source
 from glipv2.data_prep.mdetr import mdetr_source
-from glipv2.data_prep.pairs import pairs_source
+from glipv2.data_prep.pairs import CAPTION_FIELDS, pairs_source
 from glipv2.data_prep.phrasecut import phrasecut_source
 from glipv2.data_prep.refcoco import refcoco_source
 from glipv2.data_prep.source import Source
@@ -18,7 +18,7 @@ from glipv2.data_prep.toy import toy_source
 from glipv2.data_prep.visual_genome import visual_genome_source
 from glipv2.data_prep.voc import voc_source
 from glipv2.data_prep.vqav2 import vqav2_source
-from glipv2.data_prep.webdataset import webdataset_source
+from glipv2.data_prep.webdataset import JSON_FIELDS, webdataset_source
 from glipv2.data_prep.yolo import yolo_source
 from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.errors import ConfigError, DataError
@@ -32,39 +32,72 @@ class Kind(NamedTuple):
     takes: tuple[str, ...]
     """Options that it also knows."""
     help: str
+    says: Mapping[str, str] = {}
+    """Option -> what it is for this source."""
 
 
+BY_DEFAULT = "the field that holds the text; without it the first with text of "
 KINDS = {
     "toy": Kind(toy_source, ("set", "count"), ("size", "hard", "seed"),
                 "rendered scenes of coloured shapes; all truth known"),
     "coco": Kind(coco_source, ("annotations", "images"), (),
-                 "COCO, Objects365, OpenImages, ODinW: an instances JSON file"),
+                 "COCO, Objects365, OpenImages, ODinW: an instances JSON file",
+                 {"annotations": "the instances JSON file"}),
     "lvis": Kind(lvis_source, ("annotations", "images"), (),
-                 "LVIS: its JSON file, with the federated fields"),
+                 "LVIS: its JSON file, with the federated fields",
+                 {"annotations": "the JSON file"}),
     "glip-tsv": Kind(glip_tsv_source, ("annotations",), (),
-                     "GLIP's TSV files, detection or captions: the YAML that names them"),
+                     "GLIP's TSV files, detection or captions: the YAML that names them",
+                     {"annotations": "the YAML file"}),
     "visual-genome": Kind(visual_genome_source, ("annotations", "images"), ("min_count",),
-                          "Visual Genome: objects.json or region_descriptions.json"),
+                          "Visual Genome: objects.json or region_descriptions.json",
+                          {"annotations": "objects.json, region_descriptions.json or both, and "
+                                          "image_data.json",
+                           "images": "folders VG_100K and VG_100K_2, or the one that holds them"}),
     "mdetr": Kind(mdetr_source, ("annotations", "images"), (),
-                  "MDETR's JSON with tokens_positive: Flickr30k, the mixed set, GQA"),
+                  "MDETR's JSON with tokens_positive: Flickr30k, the mixed set, GQA",
+                  {"annotations": "the JSON file"}),
     "refcoco": Kind(refcoco_source, ("annotations", "images"), ("split",),
-                    "RefCOCO/+/g: refs as JSON with instances.json, or MDETR's JSON"),
+                    "RefCOCO/+/g: refs as JSON with instances.json, or MDETR's JSON",
+                    {"annotations": "the refs as JSON and instances.json, or one file alone",
+                     "split": "train, val, testA, ...: of refs (default: all)"}),
     "phrasecut": Kind(phrasecut_source, ("annotations", "images"), (),
-                      "VGPhraseCut: refer_SPLIT.json, or MDETR's JSON"),
+                      "VGPhraseCut: refer_SPLIT.json, or MDETR's JSON",
+                      {"annotations": "refer_SPLIT.json, perhaps image_data_split.json; or "
+                                      "MDETR's file alone"}),
     "voc": Kind(voc_source, ("annotations", "images"), ("list",),
-                "PASCAL VOC: a folder of XML files"),
+                "PASCAL VOC: a folder of XML files",
+                {"annotations": "the folder of XML files",
+                 "list": "a file of image names, as in ImageSets/Main: only these"}),
     "yolo": Kind(yolo_source, (), ("root", "split", "images", "annotations"),
-                 "YOLO: root with data.yaml and split, or folders of images and labels"),
+                 "YOLO: root with data.yaml and split, or folders of images and labels",
+                 {"root": "the folder with data.yaml",
+                  "split": "of root: train, val or test (default: the only one with images)",
+                  "annotations": "the folder of labels, in it or beside it classes.txt"}),
     "flickr30k-entities": Kind(flickr30k_source, ("root",), ("images", "list"),
-                               "Flickr30k Entities: the folder of Sentences and Annotations"),
+                               "Flickr30k Entities: the folder of Sentences and Annotations",
+                               {"root": "the folder of Sentences and Annotations",
+                                "images": "folders of images (default: below root)"}),
     "vqav2": Kind(vqav2_source, ("annotations", "images"), (),
-                  "VQAv2: questions and answers JSON; or one table of both"),
+                  "VQAv2: questions and answers JSON; or one table of both",
+                  {"annotations": "the questions JSON and, but for a test split, the annotations "
+                                  "JSON; or one table (.csv, .tsv, .jsonl)"}),
     "coco-captions": Kind(coco_captions_source, ("annotations", "images"), ("split",),
-                          "COCO captions: the official JSON, or Karpathy's and a split"),
+                          "COCO captions: the official JSON, or Karpathy's and a split",
+                          {"annotations": "captions_*.json or dataset_*.json",
+                           "split": "of Karpathy's file: train, trainrestval, val, test "
+                                    "(default: all)"}),
     "pairs": Kind(pairs_source, ("root",), ("images", "caption_field"),
-                  "images with texts: .jsonl, .csv, .tsv, or a .txt beside each image"),
+                  "images with texts: .jsonl, .csv, .tsv, or a .txt beside each image",
+                  {"root": "the table, or the folder of it or of images with .txt files",
+                   "images": "folders that the paths in a table start from (default: its own)",
+                   "caption_field": BY_DEFAULT + ", ".join(CAPTION_FIELDS)}),
     "webdataset": Kind(webdataset_source, ("root",), ("caption_field",),
-                       "image-text pairs in tars, as img2dataset writes them"),
+                       "image-text pairs in tars, as img2dataset writes them",
+                       {"root": "the folder of tars, or one tar",
+                        "caption_field": "the field of the JSON that holds the text; without it "
+                                         "the .txt, else the first with text of "
+                                         + ", ".join(JSON_FIELDS)}),
 }  # fmt: skip
 MANY_FILES: tuple[str, ...] = ("visual-genome", "refcoco", "phrasecut", "vqav2")
 """Kinds whose `annotations` may be several files."""

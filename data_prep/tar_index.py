@@ -33,12 +33,12 @@ def tars_to_index(root: str) -> list[tuple[str, int]]:
     return tars
 
 
-def tar_indexer(root: str, caption_field: str) -> Any:
-    """What commits one of `tars_to_index`."""
-    return partial(_index_tar, root, caption_field)
+def tar_indexer(root: str, caption_field: str, plan: str) -> Any:
+    """What commits one of `tars_to_index`; `plan` goes into its stats."""
+    return partial(_index_tar, root, caption_field, plan)
 
 
-def _index_tar(root: str, caption_field: str, tar: tuple[str, int]) -> ShardInfo:
+def _index_tar(root: str, caption_field: str, plan: str, tar: tuple[str, int]) -> ShardInfo:
     name, size = tar
     done = committed_shard(root, name)
     if done is not None:
@@ -60,7 +60,7 @@ def _index_tar(root: str, caption_field: str, tar: tuple[str, int]) -> ShardInfo
         totals["samples"] += 1
         tall += record.height > record.width
     note_dropped(root, name, dropped)
-    stats = {"totals": dict(totals), "tall": tall, "dropped": dict(dropped)}
+    stats = {"plan": plan, "totals": dict(totals), "tall": tall, "dropped": dict(dropped)}
     return commit_in_place(root, name, index, {**stats, "first": dropped.first})
 
 

@@ -5,6 +5,7 @@ records are made. Nothing is ever unpacked, and members of other kinds (pickles,
 A tar that is damaged is read up to that place.
 """
 
+import contextlib
 import json
 import tarfile
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from glipv2.data_prep.image_files import (
     parent,
     record_key,
 )
-from glipv2.data_prep.pairs import CAPTION_FIELDS, MAX_CAPTION, MAX_LINE
+from glipv2.data_prep.pairs import CAPTION_FIELDS, MAX_CAPTION, MAX_LINE, check_field
 from glipv2.data_prep.reasons import Dropped
 from glipv2.data_prep.source import Row, Source
 from glipv2.data_prep.text_cleaning import clean_text
@@ -34,12 +35,16 @@ from glipv2.pipeline.images import MAX_BYTES
 from glipv2.pipeline.records import Record
 from glipv2.pipeline.shard_format import TAR_BLOCK, padded, walk_tar
 
+JSON_FIELDS = tuple(dict.fromkeys(("caption", *CAPTION_FIELDS)))
+"""Of the caption where there is no .txt, in order of preference."""
 IMAGE_KINDS = {suffix[1:] for suffix in (*FORMAT_OF_SUFFIX, *OTHER_SUFFIXES)}
 TEXT_KINDS = {"txt", "json"}
 PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 MAX_SAMPLES = 1_000_000
 """Of one tar: their keys are kept, to see that none comes twice."""
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+LOOKED_AT = 1_000
+"""Samples, to see whether they have the field of the caption."""
 MAX_HEADER = 1 << 16
 """Bytes of an extra header, and of what is looked at behind the end mark."""
 
@@ -56,6 +61,8 @@ class Member(NamedTuple):
 def webdataset_source(options: PrepareConfig) -> Source:
     """One `pairs` record per sample, tar by tar in the order of their names."""
     folder, sizes = list_tars(options.root)
+    if options.caption_field:
+        check_field(options.caption_field, _documents(folder, sizes), f"{options.root}, JSON")
     return Source(
         rows=partial(tar_rows, folder, sizes),
         record=partial(tar_record, folder, options.caption_field),
@@ -78,6 +85,15 @@ def list_tars(root: str) -> tuple[str, dict[str, int]]:
     if not sizes:
         raise DataError(f"no .tar in {root}; give the folder that holds the tars, or one of them")
     return root, sizes
+
+
+def _documents(folder: str, sizes: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """The JSON of the first samples, as far as it can be read."""
+    for row in islice(tar_rows(folder, sizes, Dropped()), LOOKED_AT):
+        _, tar, members = row.item
+        found = next((member for member in members if member.kind == "json"), None)
+        with contextlib.suppress(BadSample):
+            yield _json(storage.join(folder, tar), found)
 
 
 def tar_rows(folder: str, sizes: dict[str, int], dropped: Dropped) -> Iterator[Row]:
@@ -244,7 +260,7 @@ def _json(url: str, member: Member | None) -> dict[str, Any]:
 def _text(url: str, member: Member | None, document: dict[str, Any], caption_field: str) -> str:
     """Of the field asked for; else of the .txt; else of the usual fields."""
     if member is None or caption_field:
-        names = (caption_field,) if caption_field else ("caption", *CAPTION_FIELDS)
+        names = (caption_field,) if caption_field else JSON_FIELDS
         texts = (document.get(name) for name in names)
         found = next((text for text in texts if isinstance(text, str) and text.strip()), None)
         if found is None:

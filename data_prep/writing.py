@@ -5,6 +5,7 @@ attempts agree on it without talking to each other, and a committed shard is nev
 """
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -12,15 +13,20 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from glipv2.data_prep.cleaning import Repeats, write_looks
-from glipv2.data_prep.reasons import Dropped
+from glipv2.data_prep.reasons import Dropped, Note
 from glipv2.data_prep.source import Row, Source
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import BadSample
+from glipv2.pipeline.ray_map import note
 from glipv2.pipeline.records import Record
 from glipv2.pipeline.shards import ShardInfo, shard_name, write_shard
 
 LOOKS = "looks"
 """Folder of what duplicates are found by, while a set is being made."""
+DROPPED = "dropped"
+"""Folder of the lists of what was left out."""
+NOTE_S = 0.3
+"""Seconds between two notes of how far a chunk is."""
 ToRecord = Callable[[Row, Dropped], Record]
 
 
@@ -50,20 +56,20 @@ def chunks(source: Source, size: int) -> Iterator[Chunk]:
         yield Chunk(number, [], dropped)
 
 
-def chunk_writer(url: str, record: ToRecord) -> Callable[[Chunk], ShardInfo]:
-    """What turns chunks into committed shards of the set at `url`."""
-    return partial(write_chunk, url, record)
+def chunk_writer(url: str, record: ToRecord, plan: str) -> Callable[[Chunk], ShardInfo]:
+    """What turns chunks into committed shards of the set at `url`; `plan` goes into their stats."""
+    return partial(write_chunk, url, record, plan)
 
 
-def write_chunk(url: str, record: ToRecord, chunk: Chunk) -> ShardInfo:
+def write_chunk(url: str, record: ToRecord, plan: str, chunk: Chunk) -> ShardInfo:
     """The chunk's shard, written unless it is committed already.
 
-    Its stats say how many samples, boxes and phrases it has and what was dropped how often and
-    where first; drops are lines in dropped/SHARD.jsonl, so none is final.
+    Its stats say what it holds and what was dropped how often and where first; drops are lines in
+    dropped/SHARD.jsonl, so none is final.
     """
     name = shard_name(chunk.number)
     dropped = Dropped(chunk.dropped, chunk.dropped.notes)
-    stats: dict[str, Any] = {}
+    stats: dict[str, Any] = {"plan": plan}
     return write_shard(url, name, _records(url, name, record, chunk, dropped, stats), stats)
 
 
@@ -76,19 +82,21 @@ def _records(
     stats: dict[str, Any],
 ) -> Iterator[Record]:
     totals, tall = Counter(samples=0, boxes=0, phrases=0), 0
-    for place, row in enumerate(chunk.rows):
+    for place, row in enumerate(rows_noted(chunk)):
         if place in chunk.repeated:
             dropped.note(chunk.repeated[place], row.where)
             continue
         try:
             made = record(row, dropped)
         except BadSample as error:
-            dropped.note(error.reason, row.where)
+            like = error.detail if error.reason == "excluded" else ""
+            dropped.note(error.reason, row.where, like)
             continue
         totals["samples"] += 1
         totals["boxes"] += len(made.regions)
         tall += made.height > made.width
         totals["phrases"] += len({region.spans for region in made.regions if region.spans})
+        totals.update(texts_of(made))
         yield made
     stats |= {
         "totals": dict(totals),
@@ -99,14 +107,34 @@ def _records(
     note_dropped(url, name, dropped)
 
 
+def rows_noted(chunk: Chunk) -> Iterator[Row]:
+    """The chunk's rows; now and then a note, (chunk's number, rows done), tells how far it is."""
+    noted = time.monotonic()
+    for place, row in enumerate(chunk.rows):
+        if (now := time.monotonic()) - noted >= NOTE_S:
+            noted = now
+            note((chunk.number, place))
+        yield row
+
+
+def texts_of(record: Record) -> Counter[str]:
+    """How many captions, questions and answers a record has, of what it has any."""
+    answers = sum(len(question.answers) for question in record.questions)
+    counts = {"captions": len(record.captions), "questions": len(record.questions)}
+    return +Counter({**counts, "answers": answers})
+
+
 def note_dropped(url: str, name: str, dropped: Dropped) -> None:
-    """Keep the list of what was left out of a shard in dropped/SHARD.jsonl."""
+    """Keep the list of what was left out of a shard in dropped/SHARD.jsonl.
+
+    Each line has `reason`, `where` and, of images of an excluded set, `like`: that set's image.
+    """
     if dropped.notes:
-        more = ((reason, f"and {count} more") for reason, count in dropped.unlisted.items())
-        notes = [*dropped.notes, *more]
-        lines = (json.dumps({"reason": reason, "where": where}) for reason, where in notes)
-        text = "".join(f"{line}\n" for line in lines)
-        storage.write_bytes(storage.join(url, "dropped", f"{name}.jsonl"), text.encode())
+        more = (Note(reason, f"and {count} more") for reason, count in dropped.unlisted.items())
+        listed = (entry._asdict() for entry in [*dropped.notes, *more])
+        lines = ({name: text for name, text in entry.items() if text} for entry in listed)
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        storage.write_bytes(storage.join(url, DROPPED, f"{name}.jsonl"), text.encode())
 
 
 def looks_noter(url: str, record: ToRecord) -> Callable[[Chunk], None]:
@@ -115,7 +143,7 @@ def looks_noter(url: str, record: ToRecord) -> Callable[[Chunk], None]:
 
 
 def _note_looks(url: str, record: ToRecord, chunk: Chunk) -> None:
-    write_looks(_looks_url(url, chunk), record, chunk.rows)
+    write_looks(_looks_url(url, chunk), record, rows_noted(chunk))
 
 
 def without_repeated(url: str, todo: Iterable[Chunk], distance: int) -> Iterator[Chunk]:
@@ -125,11 +153,11 @@ def without_repeated(url: str, todo: Iterable[Chunk], distance: int) -> Iterator
         yield chunk._replace(repeated=dict(repeats.find(_looks_url(url, chunk))))
 
 
-def forget_looks(url: str) -> None:
-    """Remove what was kept for comparing, once the set is complete."""
-    folder = storage.join(url, LOOKS)
-    for name in storage.list_names(folder):
-        storage.delete(storage.join(folder, name))
+def forget(url: str, *folders: str) -> None:
+    """Remove the files in these folders of a set: LOOKS once it is complete, say."""
+    for folder in (storage.join(url, name) for name in folders):
+        for name in storage.list_names(folder):
+            storage.delete(storage.join(folder, name))
 
 
 def _looks_url(url: str, chunk: Chunk) -> str:

@@ -26,6 +26,8 @@ from glipv2.pipeline.errors import ConfigError, DataError
 MAX_BYTES = 16 * 2**20
 """Of a data.yaml or classes.txt."""
 SAME_SPLITS = ("val", "valid", "validation")
+SPLITS = ("train", "val", "test")
+ALL_SPLITS = ("train", *SAME_SPLITS, "test")
 CLASSES = "classes.txt"
 
 
@@ -61,13 +63,7 @@ def _split_of_root(options: PrepareConfig) -> Layout:
     check_folder(root, "YOLO")
     where, document = _data_yaml(root)
     known = storage.tree_sizes(root)
-    images, listed = _split_images(document, options.split, root, known)
-    if not images:
-        splits = ", ".join(name for name in ("train", *SAME_SPLITS, "test") if name in document)
-        raise DataError(
-            f"{where}: no images below {root} for split {options.split!r} (it names {splits}); "
-            "give another split, or images and annotations themselves"
-        )
+    images, listed = _chosen_split(document, options.split, root, known, where)
     label_of = {image: _label(image, known) for image in sorted(images)}
     folders = {parent(label) for label in label_of.values() if "/" in label}
     return Layout(
@@ -82,8 +78,8 @@ def _split_of_root(options: PrepareConfig) -> Layout:
 def _folders(options: PrepareConfig) -> Layout:
     if not options.images or not options.annotations:
         raise ConfigError(
-            "a yolo source needs root (the folder with data.yaml) and split, or images and "
-            "annotations (the folder of labels)"
+            "a yolo source needs root (the folder with data.yaml), or images and annotations (the "
+            "folder of labels)"
         )
     (labels,), images = options.annotations, ImageFolders(options.images)
     images.check()
@@ -157,6 +153,30 @@ def _class_names(labels: str) -> dict[int, str]:
                 raise DataError(f"{where}: line {names.index('') + 1 if names else 1} is empty")
             return dict(enumerate(names))
     raise DataError(f"no {CLASSES} in {labels} or beside it; write one class name per line there")
+
+
+def _chosen_split(
+    document: dict[str, Any], split: str, root: str, known: Collection[str], where: str
+) -> tuple[set[str], bool]:
+    """`_split_images` of the split; of the only one that has images when none is asked for.
+
+    DataError when it has no images, or when there is a choice, with the splits that have some.
+    """
+    if split and (chosen := _split_images(document, split, root, known))[0]:
+        return chosen
+    found = {name: _split_images(document, name, root, known) for name in SPLITS}
+    there = {name: images for name, (images, _) in found.items() if images}
+    if not split and len(set(map(frozenset, there.values()))) == 1:
+        return found[next(iter(there))]
+    named = ", ".join(f"{name} {document[name]}" for name in ALL_SPLITS if document.get(name))
+    counted = ", ".join(f"{name} ({len(images)})" for name, images in there.items())
+    if there:
+        what = f"no images below {root} for split {split!r}" if split else "several splits"
+        raise DataError(f"{where}: {what}; give split, one of those with images: {counted}")
+    raise DataError(
+        f"{where}: no images below {root} for any split (it names {named or 'none'}); put them "
+        "there, or give images and annotations themselves"
+    )
 
 
 def _split_images(

@@ -189,7 +189,10 @@ class Cluster:
             if real is not None:
                 sys.modules["ray"] = real
 
-    def wait(self, refs: Sequence[Ref], num_returns: int) -> tuple[list[Ref], list[Ref]]:
+    def wait(
+        self, refs: Sequence[Ref], num_returns: int, timeout: float | None
+    ) -> tuple[list[Ref], list[Ref]]:
+        """Without end whatever `timeout` says: nobody here watches."""
         while not (done := [ref for ref in refs if ref.done]):
             if self.events[0][0] > self.driver_dies_s:
                 self.now, self.driver_dies_s = self.driver_dies_s, math.inf

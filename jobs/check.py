@@ -4,13 +4,15 @@ import argparse
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
+from glipv2.jobs.card_text import plain_text
 from glipv2.jobs.every_shard import add_workers_argument, every_shard
-from glipv2.jobs.page import plain_text
+from glipv2.jobs.prepare_plan import is_in_place
+from glipv2.jobs.stats import counted
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import BadSample, ConfigError, DataError
 from glipv2.pipeline.images import decode_image
@@ -19,25 +21,46 @@ from glipv2.pipeline.region_masks import decode_mask
 from glipv2.pipeline.shard_format import MANIFEST, RawSample, ShardSet, commit_url
 from glipv2.pipeline.shard_reader import SLICE, open_shard_set, read_commit, read_index, read_raw
 
-COPY = "copy the file again, or delete it and its commit record and make the set again"
-REMAKE = "make the set again"
+COPY = "copy the file again"
+REMAKE = (
+    "delete {shard}.tar, commits/{shard}.json and dataset.json, as far as they are there, and run "
+    "the command that made the set again: the other shards stay"
+)
+INDEX = (
+    "if it is meant to be another now, delete dataset.json, prepare.json and the folder commits, "
+    "but no tar, and run the command with --index-only again"
+)
+"""For a set whose tars are the user's own, indexed where they are."""
 WRITTEN = (
-    "it was written like this: mend its source and make the set again; training passes it over"
+    "it was written like this: mend its source and make the set again in a new folder; training "
+    "passes it over"
 )
 CURES = {
-    "manifest_invalid": "copy dataset.json again, or run the command that made the set again",
-    "commit_missing": f"copy the commit record again, or {REMAKE}",
-    "commit_damaged": f"copy the commit record again, or {REMAKE}",
-    "commit_other": f"copy manifest, commit record and shard from one place, or {REMAKE}",
-    "shard_missing": f"copy the shard again, or delete its commit record and {REMAKE}",
-    "shard_size": COPY,
-    "shard_crc": COPY,
+    "manifest_invalid": "copy dataset.json again, or delete it and run the command that made the "
+    "set again",
+    "commit_missing": f"{COPY}, or {REMAKE}",
+    "commit_damaged": f"{COPY}, or {REMAKE}",
+    "commit_other": f"copy dataset.json, commit record and tar from one place, or {REMAKE}",
+    "shard_missing": f"{COPY}, or {REMAKE}",
+    "shard_size": f"{COPY}, or {REMAKE}",
+    "shard_crc": f"{COPY}, or {REMAKE}",
     "read_failed": "check again; if it stays, copy the file again",
-    "crc_mismatch": COPY,
-    "tar_invalid": COPY,
-    "key_twice": "rename the sample in its source and make the set again",
+    "crc_mismatch": f"{COPY}, or {REMAKE}",
+    "tar_invalid": f"{COPY}, or {REMAKE}",
+    "key_twice": "rename the sample in its source and make the set again in a new folder",
 }
 """What to do about each reason; the others are of single samples (WRITTEN)."""
+CURES_IN_PLACE = {
+    **dict.fromkeys(
+        ("commit_missing", "commit_damaged", "commit_other"),
+        "delete dataset.json, prepare.json and the folder commits, but no tar, and run the command "
+        "with --index-only again",
+    ),
+    **dict.fromkeys(
+        ("shard_missing", "shard_size", "shard_crc", "crc_mismatch", "tar_invalid"),
+        f"copy {{shard}}.tar again from where it came from; {INDEX}",
+    ),
+}
 LIMIT = 50
 
 
@@ -51,10 +74,15 @@ class Problem:
     """Where the sample begins in its tar."""
     reason: str
     detail: str = ""
+    in_place: bool = False
+    """Whether the set is an index of tars that are not ours."""
 
     @property
     def cure(self) -> str:
-        return CURES.get(self.reason, WRITTEN)
+        """What to do about it."""
+        cures = CURES | CURES_IN_PLACE if self.in_place else CURES
+        shard = self.file.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+        return cures.get(self.reason, WRITTEN).format(shard=shard)
 
     def line(self) -> str:
         """One line for a terminal."""
@@ -105,16 +133,11 @@ def run(args: argparse.Namespace) -> int:
 def _verdict(url: str, problems: Sequence[Problem]) -> str:
     if not problems:
         shard_set = open_shard_set(url)
-        return (
-            f"ok, {_count(shard_set.samples, 'sample')} in {_count(len(shard_set.shards), 'shard')}"
-        )
+        shards = counted(len(shard_set.shards), "shard")
+        return f"ok, {counted(shard_set.samples, 'sample')} in {shards}"
     reasons = Counter(problem.reason for problem in problems).most_common()
-    counted = ", ".join(f"{reason} {count:,}" for reason, count in reasons)
-    return f"{_count(len(problems), 'problem')}: {counted}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons)
+    return f"{counted(len(problems), 'problem')}: {listed}"
 
 
 def check(url: str, decode: bool = False, workers: int | None = None) -> list[Problem]:
@@ -134,6 +157,8 @@ def check(url: str, decode: bool = False, workers: int | None = None) -> list[Pr
     problems = [problem for checked in found.values() for problem in checked.problems]
     hashes = {number: found[number].key_hashes_N for number in sorted(found)}
     problems += _keys_twice(shard_set, hashes)
+    if is_in_place(shard_set.info.get("plan")):
+        problems = [replace(problem, in_place=True) for problem in problems]
     return sorted(problems, key=lambda p: (p.file, -1 if p.offset is None else p.offset))
 
 

@@ -1,19 +1,23 @@
 """glipv2 COMMAND ...: one subcommand per file of this folder.
 
 Exit codes: 0 done; 1 a check failed or the disk is full; 2 a mistake in input or configuration,
-explained; 3 stopped but can be run again with the same command; 130 interrupted.
+explained; 3 stopped but can be run again with the same command; 75 the same, told to stop and all
+steps saved; 130 interrupted.
 """
 
 import argparse
+import difflib
 import errno
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = {
-    "prepare": "turn a source (toy, voc, coco, pairs) into grounded shards",
+    "prepare": "turn a source (COCO, YOLO, VQAv2, web pairs, ...) into grounded shards",
     "view": "a page that shows samples of a shard set: boxes, masks, coloured phrases, figures",
     "stats": "what a whole shard set holds: boxes, phrases, names, sizes, scores",
     "check": "verify a whole shard set: files, checksums, records, spans, boxes, masks, keys",
@@ -23,6 +27,7 @@ COMMANDS = {
     "run": "the main job: prepare, teacher, label, student and control, evaluate, report",
     "report": "one static page of a finished main job",
     "ground": "boxes for one image and a text",
+    "export": "the model of a run's step as a folder of its own",
     "convert": "weights of GLIP, timm and transformers -> a model folder, and back to GLIP",
     "doctor": "versions, devices, what is missing and how to mend it",
 }
@@ -53,6 +58,7 @@ Each problem is a line: file, sample, byte, reason -> what to do. Exit code 1 if
     "pretrain": """
   glipv2 pretrain infra/recipes/quickstart.yaml --phase teacher
   glipv2 pretrain my.yaml train.steps=5000 data.mixture.mine=1
+  glipv2 pretrain my.yaml train.processes=32 supervise.gpus_per_process=1 --address auto
   torchrun --nproc-per-node 8 -m glipv2.jobs.cli pretrain my.yaml train.precision=bf16
 A run goes on from its newest committed checkpoint, on any number of ranks.""",
     "label": """
@@ -62,6 +68,11 @@ A run goes on from its newest committed checkpoint, on any number of ranks.""",
 Shards that are committed are never redone; other settings need another output set.
 `audit FILE` gives the precision of the labels from a file of `glipv2 view --csv` whose last column
 somebody filled in: 1, yes or y for right, 0, no or n for wrong, nothing for not checked.""",
+    "export": """
+  glipv2 export runs/mine --step 50000 --out models/mine
+  glipv2 export s3://bucket/run --raw --out models/mine-raw
+Every step's folder is a model already; this copies it out, or takes the raw weights of a run that
+averages them.""",
     "evaluate": """
   glipv2 evaluate infra/recipes/quickstart.yaml
   glipv2 evaluate infra/recipes/quickstart.yaml --phase student
@@ -87,6 +98,7 @@ missing, unexpected or of another shape is an error that lists it.""",
   glipv2 doctor""",
 }
 CAN_BE_RUN_AGAIN = 3
+PREEMPTED = 75
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -117,8 +129,20 @@ def _quiet_environment() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest of the choices when none was hit."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if found:
+            choices = [choice.strip("'") for choice in found[2].split(", ")]
+            near = difflib.get_close_matches(found[1].lower(), choices, n=1, cutoff=0.5)
+            message += f"; did you mean {near[0]}?" if near else ""
+        super().error(message)
+
+
 def _parser(words: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="glipv2",
         description="GLIPv2 pretraining with caption self-training, from sources to report.",
         epilog="Start with: glipv2 run infra/recipes/quickstart.yaml   (make quickstart)",
@@ -134,13 +158,13 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == chosen:  # the others' modules need not be imported
-            importlib.import_module(f"glipv2.jobs.{name}").add_arguments(sub)
+            module = "audit" if words[:2] == ["label", "audit"] else name
+            importlib.import_module(f"glipv2.jobs.{module}").add_arguments(sub)
     return parser
 
 
 def _guarded(parsed: argparse.Namespace) -> int:
-    from glipv2.pipeline.errors import StoreError, UserError
-    from glipv2.pipeline.launch import RankFailedError
+    from glipv2.pipeline.errors import PreemptedError, RankFailedError, StoreError, UserError
 
     module = importlib.import_module(f"glipv2.jobs.{parsed.command}")
     try:
@@ -148,6 +172,9 @@ def _guarded(parsed: argparse.Namespace) -> int:
     except (StoreError, RankFailedError) as error:
         print(f"glipv2 {parsed.command}: {error}", file=sys.stderr)  # noqa: T201
         return CAN_BE_RUN_AGAIN
+    except PreemptedError as error:
+        print(f"glipv2 {parsed.command}: {error}", file=sys.stderr)  # noqa: T201
+        return PREEMPTED
     except UserError as error:
         print(f"glipv2 {parsed.command}: {error}", file=sys.stderr)  # noqa: T201
         return 2

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from glipv2.jobs.card_text import plain_text
 from glipv2.jobs.disagreement import (
     ALONE,
     ELSEWHERE,
@@ -24,7 +25,6 @@ from glipv2.jobs.page import (
     box_mark,
     caption_pieces,
     picture_uri,
-    plain_text,
     score_text,
 )
 from glipv2.jobs.report_pictures import Panel

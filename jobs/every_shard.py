@@ -16,14 +16,30 @@ SAMPLES_A_WORKER = 20_000
 """For fewer a further process costs more than it saves: it takes seconds to start."""
 
 
-def add_workers_argument(parser: argparse.ArgumentParser) -> None:
-    """`--workers N`."""
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help=f"processes (default: one for every {SAMPLES_A_WORKER:,} samples, at most one a CPU)",
-    )
+def add_workers_argument(
+    parser: argparse.ArgumentParser,
+    text: str = f"processes (default: one for {SAMPLES_A_WORKER:,} samples, at most one a CPU)",
+    least: int = 1,
+) -> None:
+    """`--workers N`, which `text` explains."""
+    parser.add_argument("--workers", type=at_least(least), metavar="N", help=text)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of {least} or more, not {text!r}"
+            )
+        return value
+
+    return number
 
 
 def every_shard(

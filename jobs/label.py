@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -13,8 +12,7 @@ from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage, use_c
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import LabelConfig, RunConfig
 from glipv2.pipeline.errors import BadSample
-from glipv2.pipeline.launch import exclusive
-from glipv2.pipeline.progress import bar
+from glipv2.pipeline.lease import exclusive
 from glipv2.pipeline.quarantine import quarantine_line
 
 if TYPE_CHECKING:
@@ -58,30 +56,40 @@ def run(arguments: argparse.Namespace) -> int:
 
         return print_estimate(config, arguments.price)
     with stage(config.run_dir, "label"):
-        label(config)
+        print(label(config))  # noqa: T201 - the answer of the command
     return 0
 
 
-def label(config: RunConfig) -> None:
-    """Label every set of `label.inputs` with the teacher; finished shards are never redone."""
+def label(config: RunConfig) -> str:
+    """Label every set of `label.inputs` with the teacher; finished shards are never redone.
+
+    Returns what became of each set, to be shown.
+    """
     from glipv2.jobs.label_plan import make_plan
 
-    folder, unusable = storage.join(config.run_dir, "labels"), list[bytes]()
+    folder, unusable, said = storage.join(config.run_dir, "labels"), list[bytes](), list[str]()
     listed = storage.join(folder, "quarantine.jsonl")
     with exclusive(folder):
         plan = make_plan(config)
         for source, target in plan.settings.inputs.items():
-            for shard in label_set(plan, source, config.set_url(target)):
+            shards, closing_lines = label_set(plan, source, config.set_url(target))
+            said.append(closing_lines)
+            for shard in shards:
                 unusable += _quarantined(source, shard)
             storage.write_bytes(listed, b"".join(unusable))
     if unusable:
         log.warning("%d pairs can't be used; they are listed in %s", len(unusable), listed)
+    return "\n".join(said)
 
 
-def label_set(plan: "Plan", source: str, out: str) -> "list[ShardInfo]":
-    """One set of pairs -> one labelled set with the same shard names; its shards."""
+def label_set(plan: "Plan", source: str, out: str) -> "tuple[list[ShardInfo], str]":
+    """One set of pairs -> one labelled set with the same shard names; its shards, and what to say.
+
+    Warns where no pair got a box.
+    """
     from glipv2.data_prep.labelling import ShardTask
-    from glipv2.jobs.label_plan import claim, committed
+    from glipv2.jobs.label_plan import check_made_so, claim, committed
+    from glipv2.jobs.label_report import Shown, why_no_box
     from glipv2.pipeline.shard_reader import open_shard_set
     from glipv2.pipeline.shards import write_manifest
 
@@ -94,18 +102,22 @@ def label_set(plan: "Plan", source: str, out: str) -> "list[ShardInfo]":
         for number, done in enumerate(shards)
         if done is None
     ]
-    done_pairs = sum(s.samples for s, done in zip(pairs.shards, shards, strict=True) if done)
-    with closing(_Shown(f"label {source}", pairs.samples, done_pairs)) as shown:
-        for task, info in label_on_ray(plan.settings, pairs, todo, out, plan.stamp, killers):
-            shards[task.number] = info
-            shown.update(info)
+    done = [shard for shard in shards if shard is not None]
+    for shard in done:
+        check_made_so(plan, out, shard)
+    workers = min(len(todo), plan.settings.num_actors[1])
+    with closing(Shown(source, pairs.samples, done, workers)) as shown:
+        for task, shard in label_on_ray(plan.settings, pairs, todo, out, plan.stamp, killers):
+            check_made_so(plan, out, shard)
+            shards[task.number] = shard
+            shown.update(shard)
     finished = [shard for shard in shards if shard is not None]
-    counts: Counter[str] = Counter()
-    for shard in finished:
-        counts.update(shard.stats.get("counts", {}))
-    info = {"source": source, "input": pairs.digest, **plan.stamp, "counts": dict(counts)}
+    counts = dict(shown.totals.counts)
+    info = {"source": source, "input": pairs.digest, **plan.stamp, "counts": counts}
     write_manifest(out, finished, (), info)
-    return finished
+    if why := why_no_box(shown.totals, pairs.url, out, plan.settings):
+        log.warning(why)
+    return finished, shown.closing_lines(out)
 
 
 def label_on_ray(
@@ -172,13 +184,18 @@ class _Worker:
         records = self.labeller.records(task, tally)
         if self.out is None:
             return [replace(record, image=b"") for record in records]
-        stats = {
+        stats: dict[str, Any] = {
             "counts": tally.counts,
             "bad": tally.bad,
             "input": self.pairs.digest,
             **self.stamp,
         }
-        return write_shard(self.out, self.pairs.shards[task.number].name, records, stats)
+
+        def all_records() -> "Iterator[Record]":
+            yield from records
+            stats["best_score"] = tally.best_score
+
+        return write_shard(self.out, self.pairs.shards[task.number].name, all_records(), stats)
 
 
 class Killers:
@@ -204,27 +221,6 @@ class Killers:
             if self.url:
                 storage.write_json(self.url, self.positions)
         return again
-
-
-class _Shown:
-    """One live line: pairs, rate, time left, and what is kept of them."""
-
-    def __init__(self, text: str, pairs: int, done: int) -> None:
-        self.bar = bar(pairs, text, unit="pair", initial=done)
-        self.counts: Counter[str] = Counter()
-
-    def update(self, info: "ShardInfo") -> None:
-        self.counts.update(info.stats["counts"])
-        pairs, images = self.counts["pairs"], self.counts["images"]
-        self.bar.set_postfix_str(
-            f"{self.counts['boxes'] / max(images, 1):.1f} boxes per image, "
-            f"{images / max(pairs, 1):.0%} kept",
-            refresh=False,
-        )
-        self.bar.update(info.stats["counts"]["pairs"])
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 def _quarantined(source: str, shard: "ShardInfo") -> Iterator[bytes]:

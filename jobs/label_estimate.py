@@ -1,17 +1,31 @@
 """glipv2 label --dry-run: what would be done and, from a timed sample, how long it would take."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from glipv2.jobs.label import open_labeller
+from glipv2.jobs.label import label_on_ray
 from glipv2.jobs.label_plan import DECIDING, Plan, committed, make_plan
+from glipv2.jobs.report_numbers import duration
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.shard_format import ShardSet
 
 SAMPLE = 64
-"""Pairs that are timed, after as many that warm the teacher up."""
+"""Pairs that are timed, after as many that warm the teacher up; fewer where a shard has fewer."""
 HOUR = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What a worker made of the first pairs of a set."""
+
+    pairs: int
+    images: int
+    """Pairs that are kept."""
+    boxes: int
+    start_s: float
+    """Until the worker was ready: Ray, the process, the teacher."""
+    pair_s: float
+    """Of each pair, once the worker is warm."""
 
 
 def print_estimate(config: RunConfig, price: float) -> int:
@@ -24,47 +38,65 @@ def print_estimate(config: RunConfig, price: float) -> int:
     plan = make_plan(config)
     lines = [f"teacher: {', '.join((plan.settings.teacher, *plan.settings.ensemble))}"]
     lines += [f"{key}: {plan.deciding[key]}" for key in (*DECIDING, "parser")]
-    sample, left = None, 0
+    unfinished = list[tuple[ShardSet, list[int]]]()
     for source, target in plan.settings.inputs.items():
         pairs, out = open_shard_set(config.set_url(source)), config.set_url(target)
         done = list(committed(out, (shard.name for shard in pairs.shards)))
-        waiting = [s for s, there in zip(pairs.shards, done, strict=True) if there is None]
-        left += sum(shard.samples for shard in waiting)
+        left = [s.samples for s, there in zip(pairs.shards, done, strict=True) if there is None]
         lines.append(
             f"{source} -> {out}: {pairs.samples} pairs in {len(done)} shards, of which "
-            f"{len(done) - len(waiting)} are done"
+            f"{len(done) - len(left)} are done"
         )
-        sample = sample or (pairs if waiting else None)
-    lines += _cost(plan, sample, left, price) if sample else ["nothing is left to do"]
+        if sum(left):
+            unfinished.append((pairs, left))
+    if unfinished:
+        sample = timed(plan, unfinished[0][0])
+        lines += _cost(plan, sample, [left for _, left in unfinished], price)
+    else:
+        lines.append("nothing is left to do")
     print("\n".join(lines))  # noqa: T201 - the answer of the command
     return 0
 
 
-def _cost(plan: Plan, sample: ShardSet, left: int, price: float) -> Sequence[str]:
-    seconds, boxes, kept = _timed(plan, sample)
-    hours = left * seconds / HOUR
-    workers = plan.settings.num_actors[1]
+def timed(plan: Plan, pairs: ShardSet) -> Sample:
+    """On one worker, as the labelling itself has them."""
+    from glipv2.data_prep.labelling import ShardTask
+
+    number = next(n for n, shard in enumerate(pairs.shards) if shard.samples)
+    task = ShardTask(number=number, last=min(SAMPLE, pairs.shards[number].samples))
+    settings = replace(plan.settings, window=SAMPLE, num_actors=(1, 1))
+    began, ends = time.monotonic(), list[float]()
+    for _, found in label_on_ray(settings, pairs, [task, task]):  # the first warms up
+        ends.append(time.monotonic())
+        records = found
+    warm, end = ends
+    return Sample(
+        pairs=task.last or 0,
+        images=len(records),
+        boxes=sum(len(record.regions) for record in records),
+        start_s=max(0.0, (warm - began) - (end - warm)),
+        pair_s=(end - warm) / (task.last or 1),
+    )
+
+
+def _cost(plan: Plan, sample: Sample, left: list[list[int]], price: float) -> list[str]:
+    """`left` has the pairs of each set's shards that are to be done."""
+    most, pairs = plan.settings.num_actors[1], sum(map(sum, left))
+    workers = [min(most, len(shards)) for shards in left]
+    work_s = pairs * sample.pair_s
+    worker_s = work_s + sum(workers) * sample.start_s  # each set starts its own
+    wall_s = sum(
+        sample.start_s + sum(shards) * sample.pair_s / number
+        for shards, number in zip(left, workers, strict=True)
+    )
     lines = [
-        f"sample: {SAMPLE} pairs at {1 / seconds:.1f} a second on this machine, "
-        f"{kept:.0%} kept, {boxes:.1f} boxes each",
-        f"left: {left} pairs, {hours:.2f} worker hours, {hours / workers:.2f} hours with {workers} "
-        "workers like this machine's",
+        f"sample: {sample.pairs} pairs at {1 / sample.pair_s:.1f} a second on one worker, "
+        f"{sample.images / sample.pairs:.0%} kept, {sample.boxes / max(sample.images, 1):.1f} "
+        "boxes each",
+        f"start: {duration(sample.start_s)} until a worker is ready",
+        f"left: {pairs} pairs, {duration(work_s)} of work for one worker; about "
+        f"{duration(wall_s)} with {max(workers)} like this one, start included",
     ]
-    return [*lines, f"cost: {hours * price:.2f} at {price:g} an hour"] if price else lines
-
-
-def _timed(plan: Plan, pairs: ShardSet) -> tuple[float, float, float]:
-    """Seconds a pair, boxes a kept image, share of images kept, of the first pairs of a set."""
-    from glipv2.data_prep.labelling import ShardTask, Tally
-
-    settings = replace(plan.settings, window=SAMPLE)
-    labeller = open_labeller(pairs, settings, plan.stamp)
-    seconds = 0.0
-    for _ in range(2):  # the first warms up
-        tally, start = Tally(), time.perf_counter()
-        for _ in labeller.records(ShardTask(number=0, last=SAMPLE), tally):
-            pass
-        seconds = time.perf_counter() - start
-    counts = tally.counts
-    images = counts["images"]
-    return seconds / counts["pairs"], counts["boxes"] / max(images, 1), images / counts["pairs"]
+    if price:
+        lines.append(f"cost: {worker_s / HOUR * price:.2f} at {price:g} an hour")
+    return lines

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import LabelConfig, RunConfig
-from glipv2.pipeline.errors import ConfigError
+from glipv2.pipeline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from glipv2.pipeline.shard_format import ShardInfo, ShardSet
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 CALIBRATION_FLOOR = 0.05
 """Lowest score that is looked at when the threshold is chosen."""
 SETTINGS = "label.json"
-"""In a labelled set's folder: what decides its content. Written first, never changed."""
+"""In a labelled set's folder: what decides its content. Written before the first shard, and not
+changed once there is one."""
 DECIDING = ("score_threshold", "max_boxes", "cross_phrase_nms", "keep_empty", "precision")
 READERS = 16
 """Commit records that are read at once."""
@@ -51,6 +53,7 @@ def make_plan(config: RunConfig) -> Plan:
     given = config.label
     if not given.teacher or not given.inputs:
         raise ConfigError("label.teacher and label.inputs must be set")
+    _check_inputs(config)
     teacher, *ensemble = (_resolved(config, name) for name in (given.teacher, *given.ensemble))
     settings = dataclasses.replace(given, teacher=teacher, ensemble=tuple(ensemble))
     deciding = {
@@ -66,10 +69,25 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(config=config, settings=settings, deciding=deciding)
 
 
+def _check_inputs(config: RunConfig) -> None:
+    """ConfigError unless every set of pairs has an output set of its own."""
+    urls = [config.set_url(name) for pair in config.label.inputs.items() for name in pair]
+    if len(set(urls)) < len(urls):
+        [(twice, _)] = Counter(urls).most_common(1)
+        raise ConfigError(f"label.inputs names {twice} twice; each set needs a folder of its own")
+
+
 def _resolved(config: RunConfig, name: str) -> str:
     from glipv2.pipeline.checkpoint import resolve_checkpoint
 
-    return name if name.startswith("hf:") else resolve_checkpoint(config.run_url(name))
+    if name.startswith("hf:"):
+        return name
+    try:
+        return resolve_checkpoint(config.run_url(name))
+    except DataError as error:
+        phase = name in config.phases
+        cure = f": glipv2 pretrain RECIPE --phase {name}" if phase else ""
+        raise DataError(f"label.teacher: {error}{cure}") from error
 
 
 def _calibrated(config: RunConfig, settings: LabelConfig, deciding: dict[str, Any]) -> float:
@@ -110,9 +128,15 @@ def gold_quality(config: RunConfig) -> dict[str, float]:
 def claim(plan: Plan, pairs: "ShardSet", out: str) -> None:
     """Write down what decides the set's content; ConfigError when it was begun with other settings.
 
-    The message names each setting that differs.
+    The message names each setting that differs. A claim without a committed shard gives way.
     """
-    url = storage.join(out, SETTINGS)
+    url, commits = storage.join(out, SETTINGS), storage.list_names(storage.join(out, "commits"))
+    begun = any(name.endswith(".json") for name in commits)
+    if begun and not storage.exists(url):
+        raise ConfigError(
+            f"{out} holds shards but no {SETTINGS}: `glipv2 label` did not make them, or it was "
+            "deleted; choose another output set, or delete that folder to label again"
+        )
     written = storage.canonical_json({"input": pairs.digest, **plan.deciding})
     storage.create_once(url, written)
     mine, there = json.loads(written), storage.read_json(url)
@@ -121,10 +145,22 @@ def claim(plan: Plan, pairs: "ShardSet", out: str) -> None:
         for key in sorted({*there, *mine})
         if there.get(key) != mine.get(key)
     ]
-    if differing:
+    if differing and begun:
         raise ConfigError(
             f"{out} was labelled with other settings:\n" + "\n".join(differing) + "\n"
             "choose another output set, or delete that folder to label again"
+        )
+    if differing:
+        storage.write_bytes(url, written)
+
+
+def check_made_so(plan: Plan, out: str, shard: "ShardInfo") -> None:
+    """ConfigError for a shard that was labelled with other settings, by whoever claimed the set at
+    the same time."""
+    if shard.stats.get("label_settings") != plan.stamp["label_settings"]:
+        raise ConfigError(
+            f"{out}: {shard.name} was labelled with other settings, at the same time as this "
+            "command began; choose another output set, or delete that folder to label again"
         )
 
 

@@ -6,12 +6,12 @@ its words in the caption, its boxes and its legend line; the number serves who c
 """
 
 import base64
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from glipv2.jobs.card_text import MAX_SAID, Note, Said, notes_of, plain_text, said_of
 from glipv2.jobs.mask_overlay import MAX_MASKS, Overlay, mask_overlay
 from glipv2.jobs.survey import region_name, source_name
 from glipv2.pipeline import storage
@@ -36,15 +36,11 @@ LONG_SIDE = 480
 """Pictures are shrunk to this many pixels: twice the width of a card."""
 TAG_SHARE = 0.062
 """Height of the number on a box relative to the picture's longer side."""
-SOURCE_FIELDS = ("source", "origin", "title", "author", "licence", "license", "url")
-"""Provenance that a reader of pictures needs; the rest identifies how they were made."""
+TAG_ROWS, TAG_COLUMNS = 3, 4
+"""Places near a box's corner that are tried, so that boxes of one place show all their numbers."""
 CROWD, CROWD_TAG_SHARE = 10, 0.044
 """With more boxes than this the tags get smaller."""
 MAX_LISTED_SCORES = 3
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
-"""Control characters, direction overrides and lone surrogates: no page can hold or show them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +88,43 @@ class Picture:
         """Height of a tag, in pixels of the stored image."""
         return round(self.tag_share * max(self.width, self.height), 2)
 
+    @property
+    def tags(self) -> tuple["Tag", ...]:
+        """The marks' tags: above the box's corner, or beside another number that stands there."""
+        placed: list[Tag] = []
+        for mark in sorted(self.marks, key=lambda mark: mark.dim):  # the others make room
+            spots = list(self._spots(mark))
+            placed.append(next((tag for tag in spots if not any(map(tag.hides, placed))), spots[0]))
+        return tuple(placed)
+
+    def _spots(self, mark: Mark) -> Iterator["Tag"]:
+        """Where its tag may stand, the best first."""
+        wide = round(self.tag * (0.45 + 0.55 * len(mark.tag)), 2)
+        left = max(min(mark.x, self.width - wide), 0.0)
+        top = mark.y - self.tag if mark.y >= self.tag else mark.y
+        for row in range(TAG_ROWS):
+            for column in range(TAG_COLUMNS):
+                x, y = round(left + column * wide, 2), round(top + row * self.tag, 2)
+                if (row, column) == (0, 0) or (x + wide <= self.width and y < self.height):
+                    yield Tag(mark=mark, x=x, y=y, width=wide, height=self.tag)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tag:
+    """The number of a box and its place, in pixels of the stored image."""
+
+    mark: Mark
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def hides(self, other: "Tag") -> bool:
+        """Whether they overlap and say different things."""
+        across = self.x < other.x + other.width - 0.1 and other.x < self.x + self.width - 0.1
+        along = abs(self.y - other.y) < self.height - 0.1
+        return across and along and self.mark.tag != other.mark.tag
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -122,9 +155,11 @@ class Card:
     picture: Picture
     caption: tuple[Piece, ...]
     legend: tuple[LegendLine, ...]
-    notes: tuple[tuple[str, str], ...]
-    """(name, value) of the task and the provenance."""
+    notes: tuple[Note, ...]
     source: str = ""
+    said: tuple[Said, ...] = ()
+    unsaid: int = 0
+    """Questions and captions for which there is no room."""
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -147,6 +182,7 @@ def record_card(record: Record, categories: Sequence[str] = (), brief: bool = Fa
         for region, name in zip(record.regions, names, strict=True)
     )
     marks, mask_notes = _with_masks(marks, record)
+    said = said_of(record)
     alt = plain_text(record.caption) or ", ".join(dict.fromkeys(names)) or "no caption"
     uri, problem = picture_uri(record.image)
     return Card(
@@ -162,8 +198,10 @@ def record_card(record: Record, categories: Sequence[str] = (), brief: bool = Fa
         ),
         caption=caption_pieces(record, numbers),
         legend=_legend(record, names, numbers),
-        notes=_notes(record, brief) + mask_notes,
+        notes=notes_of(record, brief) + mask_notes,
         source=source_name(record),
+        said=said[:MAX_SAID],
+        unsaid=max(0, len(said) - MAX_SAID),
     )
 
 
@@ -189,7 +227,7 @@ def box_mark(
 
 def _with_masks(
     marks: tuple[Mark, ...], record: Record
-) -> tuple[tuple[Mark, ...], tuple[tuple[str, str], ...]]:
+) -> tuple[tuple[Mark, ...], tuple[Note, ...]]:
     """The marks with their regions' masks, largest boxes first; notes on masks left out."""
     rows = [row for row, region in enumerate(record.regions) if region.mask is not None]
     rows.sort(key=lambda row: -marks[row].width * marks[row].height)
@@ -203,9 +241,10 @@ def _with_masks(
             drawn[row] = replace(marks[row], mask=mask)
     notes = []
     if unreadable:
-        notes.append(("unreadable masks", str(unreadable)))
+        notes.append(Note(name="unreadable masks", value=str(unreadable)))
     if len(rows) > MAX_MASKS:
-        notes.append(("masks", f"the {MAX_MASKS} largest of {len(rows)} are drawn"))
+        note = f"the {MAX_MASKS} largest of {len(rows)} are drawn"
+        notes.append(Note(name="masks", value=note))
     return tuple(drawn), tuple(notes)
 
 
@@ -247,11 +286,6 @@ def picture_uri(image: bytes, long_side: int = LONG_SIDE) -> tuple[str, str]:
 def palette_color(number: int) -> str:
     """Colour of phrase `number` (from 0)."""
     return PALETTE[number % len(PALETTE)][0]
-
-
-def plain_text(text: object) -> str:
-    """Text that a page can hold: same length, unprintable characters replaced. Not yet escaped."""
-    return _UNPRINTABLE.sub("\ufffd", str(text))
 
 
 def render(template: str, **values: Any) -> bytes:
@@ -328,13 +362,3 @@ def score_text(scores: Sequence[float]) -> str:
     if len(scores) <= MAX_LISTED_SCORES:
         return ", ".join(f"{score:.2f}" for score in scores)
     return f"{len(scores)} × {min(scores):.2f}–{max(scores):.2f}"
-
-
-def _notes(record: Record, brief: bool) -> tuple[tuple[str, str], ...]:
-    shown = {"task": record.task, **record.provenance}
-    return tuple(
-        (plain_text(name), plain_text(value))
-        for name, value in shown.items()
-        if isinstance(value, (str, int, float)) and value != ""
-        if name in SOURCE_FIELDS or not brief
-    )

@@ -1,44 +1,73 @@
 """glipv2 pretrain RECIPE: what is refused before it starts, then ranks that train."""
 
 import argparse
+import sys
+from contextlib import nullcontext
 
-from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage
+from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage, use_cluster
+from glipv2.pipeline import preemption
 from glipv2.pipeline.checkpoint import committed_steps
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import ConfigError
-from glipv2.pipeline.launch import exclusive, launch_ranks, under_launcher
+from glipv2.pipeline.launch import has_our_launcher, is_first_rank, launch_ranks, under_launcher
+from glipv2.pipeline.lease import only_trainer
 from glipv2.pipeline.run_settings import note_settings
+from glipv2.pipeline.watch import LOST_PEER, lost_peer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_arguments(parser, phase="a phase of the recipe, for example teacher")
+    add_recipe_arguments(parser, phase="a phase of the recipe, for example teacher", cluster=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
     config = recipe_config(arguments, arguments.phase)
     if under_launcher():
-        from glipv2.pipeline.trainer import train  # with torch and DeepSpeed: seconds
-
-        train(config)
-    elif arguments.phase:
+        return run_rank(config)
+    if arguments.phase:
         with stage(recipe_config(arguments).run_dir, arguments.phase):
-            pretrain(config)
+            pretrain(config, arguments.address)
     else:
-        pretrain(config)
+        pretrain(config, arguments.address)
     return 0
 
 
-def pretrain(config: RunConfig) -> str:
-    """Train to the last step, on ranks of this machine; returns the run folder.
+def run_rank(config: RunConfig) -> int:
+    """Be the rank that a launcher's environment describes; returns its exit code."""
+    preemption.listen()
+    from glipv2.pipeline.dist import die_with_parent
+    from glipv2.pipeline.trainer import train  # with torch and DeepSpeed: seconds
+
+    die_with_parent()
+    holds = is_first_rank() and not has_our_launcher()
+    try:
+        with only_trainer(config.run_dir) if holds else nullcontext():
+            train(config)
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        print(f"lost the connection to another rank: {error}", file=sys.stderr)  # noqa: T201
+        return LOST_PEER
+    return 0
+
+
+def pretrain(config: RunConfig, address: str | None = None) -> str:
+    """Train to the last step, on ranks of this machine or of a Ray cluster; returns the run folder.
 
     A finished run returns at once; an interrupted one goes on from its newest checkpoint.
     """
     check_mixture(config)
-    with exclusive(config.run_dir):
+    with only_trainer(config.run_dir):
         resolved = note_settings(config)
-        if not is_finished(config):
-            arguments = ["pretrain", resolved]
-            launch_ranks(arguments, config.train.processes, config.train.threads)
+        if is_finished(config):
+            return config.run_dir
+        if address:
+            from glipv2.pipeline.ray_trainer import train_on_ray
+
+            use_cluster(address)
+            train_on_ray(config)
+        else:
+            command = [sys.executable, "-m", "glipv2.jobs.cli", "pretrain", resolved]
+            launch_ranks(command, config)
     return config.run_dir
 
 
@@ -53,12 +82,20 @@ def check_mixture(config: RunConfig) -> None:
             "data.mixture is empty: name at least one shard set and its share, or choose a phase "
             "of the recipe with --phase"
         )
+    import torch
+
     from glipv2.pipeline.checkpoint import resolve_checkpoint
+    from glipv2.pipeline.engine import check_engine
     from glipv2.pipeline.loader import lane_count
     from glipv2.pipeline.shard_reader import check_shard_sizes, open_shard_set
     from glipv2.pipeline.tasks import mixture_task
+    from glipv2.pipeline.trackers import check_trackers
 
-    lane_count(config.data, config.train.global_batch, config.train.processes)
+    check_trackers(config)
+    most = config.train.processes
+    for processes in range(config.supervise.min_processes or most, most + 1):
+        check_engine(config.train, processes, torch.cuda.is_available())
+        lane_count(config.data, config.train.global_batch, processes)
     if config.train.init:
         resolve_checkpoint(config.run_url(config.train.init))
     sets = {name: open_shard_set(config.set_url(name)) for name in config.data.mixture}

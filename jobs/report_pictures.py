@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from glipv2.jobs.card_text import plain_text
 from glipv2.jobs.mistakes import (
     Found,
     Missed,
@@ -25,7 +26,6 @@ from glipv2.jobs.page import (
     frame_ratio,
     palette_color,
     picture_uri,
-    plain_text,
     record_card,
 )
 from glipv2.pipeline import storage

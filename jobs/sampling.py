@@ -104,6 +104,8 @@ class Scan:
         self.read = 0
         self.sources = Frequent()
         """Of all that was read."""
+        self.scored = 0
+        """Samples of these with a box that a model scored."""
         self._unsure: list[tuple[float, float, BoxPlace]] = []
         self._ties = np.random.default_rng([seed, 2])
 
@@ -129,6 +131,7 @@ class Scan:
                     self.survey.unreadable[sample.reason] += 1
                     continue
                 self.sources.add(source_name(sample))
+                self.scored += any(region.score < 1 for region in sample.regions)
                 if wanted.fits(sample):
                     self.survey.add(sample, shard_set.categories, find)
                     self._choose(sample, (shard, number), wanted)

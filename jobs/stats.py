@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Iterator
 
+from glipv2.jobs.card_text import plain_text
 from glipv2.jobs.every_shard import add_workers_argument, every_shard
 from glipv2.jobs.labelled import Making, making_of
-from glipv2.jobs.page import plain_text
 from glipv2.jobs.survey import TALLIES, Survey, Tally, survey_shard
 from glipv2.pipeline import storage
 from glipv2.pipeline.shard_format import ShardSet
@@ -58,14 +58,25 @@ def byte_text(size: float) -> str:
     return f"{size:.3g} {units[0]}"
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 shard`, `2,000 shards`; `many` where it isn't `one` with an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def _lines(shard_set: ShardSet, survey: Survey, making: Making) -> Iterator[str]:
     size = set_size(shard_set)
     yield f"samples     {shard_set.samples:,}"
     yield f"shards      {size['shards']:,}, {byte_text(size['bytes'])}"
     yield f"tasks       {_listed(survey.tasks.most_common())}"
     yield f"sources     {_listed(survey.sources.top(5))}"
-    yield f"boxes       {survey.boxes.total:,.0f}: {_listed(survey.areas.most_common())} (as COCO)"
-    yield f"masks       {survey.masks:,}"
+    if survey.boxes.total:
+        areas = _listed(survey.areas.most_common())
+        yield f"boxes       {survey.boxes.total:,.0f}: {areas} (by area, as COCO)"
+        yield f"masks       {survey.masks:,}"
+    else:
+        yield "boxes       none"
+    for name, number in survey.texts.items():
+        yield f"{name:12}{number:,}"
     if making.find and (total := survey.phrases.total).times:
         yield f"phrases     {total.times:,} in the captions, {total.share:.1%} with a box"
     if making.why_not:

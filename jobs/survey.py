@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from glipv2.data_prep.writing import texts_of
 from glipv2.jobs.labelled import making_of
+from glipv2.pipeline.answers import agreed_answer
 from glipv2.pipeline.errors import BadSample
 from glipv2.pipeline.record_json import parse_record
 from glipv2.pipeline.records import Record, Region, Span
@@ -220,6 +222,7 @@ TALLIES = {
     "scores": "scores of boxes",
     "phrase_words": "words in a phrase",
     "caption_words": "words in a caption",
+    "question_words": "words in a question",
     "short_sides": "short side, pixels",
 }
 """The tallies of a survey, as people read them."""
@@ -240,6 +243,10 @@ class Survey:
     areas: Counter[str] = field(default_factory=Counter)
     """Small, medium and large boxes."""
     masks: int = 0
+    texts: Counter[str] = field(default_factory=Counter)
+    """Captions, questions and answers of the tasks that are about these."""
+    answers: Frequent = field(default_factory=Frequent)
+    """Questions by the answer that most people gave, in the form in which answers are compared."""
     boxes: Tally = field(default_factory=Tally)
     """Per sample."""
     box_sizes: Tally = field(default_factory=lambda: Tally(step=0.001))
@@ -251,6 +258,7 @@ class Survey:
     phrase_words: Tally = field(default_factory=Tally)
     """Of each phrase that has boxes, once a sample."""
     caption_words: Tally = field(default_factory=Tally)
+    question_words: Tally = field(default_factory=Tally)
     short_sides: Tally = field(default_factory=Tally)
 
     def add(
@@ -263,10 +271,16 @@ class Survey:
         self.samples += 1
         self.tasks[record.task] += 1
         self.sources.add(source_name(record))
+        self.texts.update(texts_of(record))
         self.boxes.add(len(record.regions))
         self.short_sides.add(min(record.width, record.height))
-        if record.caption:
-            self.caption_words.add(len(record.caption.split()))
+        for caption in record.captions or (record.caption,):
+            if caption:
+                self.caption_words.add(len(caption.split()))
+        for question in record.questions:
+            self.question_words.add(len(question.text.split()))
+            if agreed := agreed_answer(question.answers):
+                self.answers.add(agreed)
         for spans in {region.spans for region in record.regions if region.spans}:
             self.phrase_words.add(len(" ".join(record.caption[s:e] for s, e in spans).split()))
         for region in record.regions:
@@ -277,9 +291,9 @@ class Survey:
         """Take in what another part of the set gave."""
         self.samples += other.samples
         self.masks += other.masks
-        for name in ("unreadable", "tasks", "areas"):
+        for name in ("unreadable", "tasks", "areas", "texts"):
             getattr(self, name).update(getattr(other, name))
-        for name in ("sources", "names", "phrases", *TALLIES):
+        for name in ("sources", "names", "answers", "phrases", *TALLIES):
             getattr(self, name).merge(getattr(other, name))
 
     def figures(self) -> dict[str, Any]:
@@ -290,6 +304,8 @@ class Survey:
             "tasks": dict(self.tasks),
             "sources": dict(self.sources.top(100)),
             "masks": self.masks,
+            "texts": dict(self.texts),
+            "answers": dict(self.answers.top(1000)),
             "areas": dict(self.areas),
             "names": dict(self.names.top(1000)),
             "different_names": len(self.names.counts),

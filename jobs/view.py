@@ -4,20 +4,17 @@ import argparse
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count as count_from
-from itertools import groupby
-from operator import itemgetter
 
 import numpy as np
 
 from glipv2.jobs.audit import write_boxes
+from glipv2.jobs.card_text import plain_text
 from glipv2.jobs.comparison import comparison
 from glipv2.jobs.labelled import making_of
 from glipv2.jobs.page import (
     Card,
     LegendLine,
     frame_ratio,
-    plain_text,
     record_card,
     render,
     score_text,
@@ -118,6 +115,12 @@ def view(
     shown = progress(stretches, len(stretches), "look for samples") if many else stretches
     scan = Scan(samples=len(keys or ()) or count, boxes=count if csv else 0, seed=seed)
     scan.through(shard_set, shown, wanted, making.find)
+    if wanted.by_score and not scan.scored:
+        raise DataError(
+            f"{shards_url} has no scores to choose by: none of the {scan.read:,} samples read has "
+            "a box from a model (boxes that people drew have none); leave --min-score and "
+            "--max-score out"
+        )
     if wanted != EVERYTHING and not scan.survey.samples:
         listed = ", ".join(plain_text(name) for name, _ in scan.sources.top(10))
         raise DataError(f"{shards_url} has no sample with {wanted.text}; its sources: {listed}")
@@ -126,14 +129,16 @@ def view(
         cards = _boxes_to_check(shard_set, sorted(scan.boxes.items), csv)
         heading = "Boxes to check"
         sample_note = (
-            f"{len(scan.boxes.items)} boxes, drawn with seed {seed}, numbered as in {csv}. Fill in "
-            "its last column: 1 if the box shows what the phrase names, 0 if not, nothing where "
+            f"{len(cards)} boxes, one a card, drawn with seed {seed}, numbered as in {csv}. Fill "
+            "in its last column: 1 if the box shows what the phrase names, 0 if not, nothing where "
             f"you can't tell. Then: glipv2 label audit {csv}"
         )
     else:
         cards = list(_cards(shard_set, sorted(scan.samples.items), wanted))
         heading = "Samples asked for" if keys else "A random sample"
         sample_note = f"{len(cards)} samples" + ("." if keys else f", drawn with seed {seed}.")
+        if not shard_set.samples:
+            heading, sample_note = "Nothing to show", "The set has no samples."
         if not scan.samples.complete:  # else they are among the cards
             unsure = list(_unsure_cards(shard_set, scan.unsure))
     page = render(
@@ -201,48 +206,38 @@ def _with_dim(card: Card, bright: Sequence[bool]) -> Card:
 
 
 def _boxes_to_check(shard_set: ShardSet, places: Sequence[BoxPlace], csv: str) -> list[Card]:
-    """Write them to the file; a card for each sample, its boxes numbered as there."""
-    cards, rows, numbers = [], list[tuple[int, Record, Region, str]](), count_from(1)
-    for place, group in groupby(places, key=itemgetter(0)):
+    """Write them to the file; a card for each, so that no box hides another."""
+    cards, rows = [], list[tuple[int, Record, Region, str]]()
+    for place, chosen in places:
         record = record_at(shard_set, place)
         if record is None:
             continue
-        regions = [record.regions[number] for _, number in group]
-        own = [next(numbers) for _ in regions]
-        names = [region_name(region, record, shard_set.categories) for region in regions]
-        slim = replace(record, image=b"")
-        rows += [(n, slim, r, name) for n, r, name in zip(own, regions, names, strict=True)]
-        only = replace(record, regions=tuple(regions))
+        region, number = record.regions[chosen], len(rows) + 1
+        name = region_name(region, record, shard_set.categories)
+        rows.append((number, replace(record, image=b""), region, name))
+        only = replace(record, regions=(region,))
         card = record_card(only, shard_set.categories, brief=True)
-        cards.append(_numbered(card, own, regions, names))
+        cards.append(_numbered(card, number, region, name))
     if not rows:
         raise DataError(f"{shard_set.url} has no boxes to check")
     write_boxes(csv, rows)
     return cards
 
 
-def _numbered(
-    card: Card, numbers: Sequence[int], regions: Sequence[Region], names: Sequence[str]
-) -> Card:
-    """The card with a number and a line for each box instead of each phrase."""
-    marks = tuple(
-        replace(mark, tag=str(number))
-        for mark, number in zip(card.picture.marks, numbers, strict=True)
-    )
-    legend = tuple(
-        LegendLine(
-            number=mark.tag,
-            name=plain_text(name),
-            color=mark.color,
-            detail=score_text([region.score]),
-        )
-        for mark, region, name in zip(marks, regions, names, strict=True)
+def _numbered(card: Card, number: int, region: Region, name: str) -> Card:
+    """The card of one box with its number instead of that of its phrase."""
+    [mark] = (replace(mark, tag=str(number)) for mark in card.picture.marks)
+    line = LegendLine(
+        number=mark.tag,
+        name=plain_text(name),
+        color=mark.color,
+        detail=score_text([region.score]),
     )
     return replace(
         card,
-        picture=replace(card.picture, marks=marks),
+        picture=replace(card.picture, marks=(mark,)),
         caption=tuple(replace(piece, number="") for piece in card.caption),
-        legend=legend,
+        legend=(line,),
     )
 
 

@@ -10,7 +10,7 @@ from glipv2.jobs.labelled import Making
 from glipv2.jobs.plots import Plot, Ranking, histogram, ranking
 from glipv2.jobs.sampling import EVERYTHING, Scan, Wanted
 from glipv2.jobs.stats import byte_text, set_size
-from glipv2.jobs.survey import Outcome, Survey, Tally
+from glipv2.jobs.survey import Frequent, Outcome, Survey, Tally
 from glipv2.pipeline.shard_format import ShardSet
 
 TOP_NAMES = 12
@@ -28,8 +28,12 @@ def facts(shard_set: ShardSet, survey: Survey, making: Making) -> list[Fact]:
     found = [
         ("Samples", f"{shard_set.samples:,}", tasks),
         ("Shards", f"{size['shards']:,}", byte_text(size["bytes"])),
-        ("Boxes", f"{boxes.total:,.0f}", mean),
     ]
+    for name, number in survey.texts.items():
+        each = f"{number / survey.samples:.1f} a picture"
+        found.append((name.capitalize(), f"{number:,}", each))
+    if boxes.total or not survey.texts:
+        found.append(("Boxes", f"{boxes.total:,.0f}", mean))
     if 0 < (empty := boxes.cells[0]) < survey.samples:
         found.append(("Without boxes", f"{empty:,}", f"{empty / survey.samples:.0%} of those read"))
     if survey.masks:
@@ -65,9 +69,12 @@ def scanned_note(shard_set: ShardSet, scan: Scan, wanted: Wanted) -> str:
 def plots(survey: Survey) -> list[Plot]:
     fractions = np.linspace(0, 1, 21).tolist()
     sides = survey.short_sides
+    captions = survey.caption_words if survey.texts["captions"] else Tally()
     found = [
         _whole_numbers("Boxes in a picture", survey.boxes, "boxes"),
         _whole_numbers("Length of phrases", survey.phrase_words, "words"),
+        _whole_numbers("Length of questions", survey.question_words, "words"),
+        _whole_numbers("Length of captions", captions, "words"),
         _bars("Size of boxes", survey.box_sizes, "√ (share of the picture)", fractions),
         _bars("Scores of boxes", survey.scores, "score", fractions),
     ]
@@ -78,16 +85,21 @@ def plots(survey: Survey) -> list[Plot]:
 
 
 def rankings(survey: Survey) -> list[Ranking]:
-    names, sources = survey.names, survey.sources
-    rest = f"the first of {len(names.counts):,}" if len(names.counts) > TOP_NAMES else ""
-    error = f"counts up to {names.error:,} too low" if names.error else ""
-    note = "; ".join(part for part in (rest, error) if part)
+    names, answers, sources = survey.names, survey.answers, survey.sources
     by_source = sources.top(TOP_NAMES) if len(sources.counts) > 1 else []
     found = [
-        ranking("Boxes by name", names.top(TOP_NAMES), note),
+        ranking("Boxes by name", names.top(TOP_NAMES), _rest(names)),
+        ranking("Questions by answer", answers.top(TOP_NAMES), _rest(answers)),
         ranking("Pictures by source", by_source),
     ]
     return [rank for rank in found if rank]
+
+
+def _rest(names: Frequent) -> str:
+    """How many there are besides those shown."""
+    rest = f"the first of {len(names.counts):,}" if len(names.counts) > TOP_NAMES else ""
+    error = f"counts up to {names.error:,} too low" if names.error else ""
+    return "; ".join(part for part in (rest, error) if part)
 
 
 @dataclass(frozen=True, kw_only=True)

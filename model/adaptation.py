@@ -31,14 +31,15 @@ _FREE = {
 top, or how, but not what the common weights compute."""
 
 
-def set_trainable(model: GLIPv2, tune: Tune) -> int:
-    """Freeze everything but what `tune` trains; returns the number of trained parameters.
+def set_trainable(model: GLIPv2, tune: Tune, frozen: tuple[str, ...] = ()) -> int:
+    """Freeze everything but what `tune` trains, and all whose names begin with one of `frozen`;
+    returns the number of trained parameters.
 
     ValueError if the model has no such part.
     """
     prefixes = _TRAINED[tune]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(prefixes))
+        parameter.requires_grad_(name.startswith(prefixes) and not name.startswith(frozen))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
         raise ValueError(f"the model has no {prefixes[0].rstrip('.')} to tune")

@@ -152,3 +152,6 @@ class Collectives:
     """Average a tensor over ranks, without gradient."""
     rank: int = 0
     """Which block of a gathered tensor is the local one."""
+    step_counts: Tensor | None = None
+    """Where a step is taken in several micro-batches: what `GLIPv2.counts` gives for one, averaged
+    over all of them and all ranks. Losses are divided by these counts instead of their own."""

@@ -5,6 +5,8 @@ from typing import Any, Literal, get_args
 
 Tune = Literal["full", "linear_probe", "prompt", "mask_head", "answer_head", "caption_head"]
 """What of a model is trained; see `adaptation`."""
+Part = Literal["image_encoder", "text_encoder", "fusion"]
+"""Parts of a model whose activations can be computed again instead of being kept."""
 PresetName = Literal["tiny", "A", "T", "B", "L", "H"]
 
 

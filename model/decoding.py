@@ -8,12 +8,15 @@ conversion.
 import io
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 MAX_PIXELS = 89_000_000
@@ -30,7 +33,12 @@ STRIP = 1 << 20
 ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that exchange height and width."""
-PILLOW_NAMES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+OPENERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
+    "jpg": JpegImageFile,
+    "png": PngImageFile,
+    "webp": WebPImageFile,
+}
+"""Of Pillow; its `open` would warn of sizes for which there are rules here."""
 UNDECODABLE = (
     ArithmeticError,
     AttributeError,
@@ -70,6 +78,7 @@ def image_format(data: bytes) -> str:
 def image_size(data: bytes) -> tuple[tuple[int, int], str]:
     """((width, height) with EXIF orientation applied, format), from the header alone."""
     image, name = _open(data)
+    _check_pixels(image, MAX_PIXELS)
     try:
         sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
     except UNDECODABLE as error:
@@ -153,7 +162,7 @@ def _open(data: bytes) -> tuple[Image.Image, str]:
     """Pillow's lazy image (header read, nothing decoded) and the format."""
     name = image_format(data)
     try:
-        image = Image.open(io.BytesIO(data), formats=[PILLOW_NAMES[name]])
+        image = OPENERS[name](io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", str(error)) from error
     except UNDECODABLE as error:

@@ -28,11 +28,16 @@ def step_url(run: str, step: int) -> str:
     return f"{run.rstrip('/')}/checkpoints/{step_name(step)}"
 
 
+def begun_steps(run: str, list_names: ListNames) -> list[int]:
+    """Steps of a run folder that someone began to save, oldest first."""
+    names = list_names(f"{run.rstrip('/')}/checkpoints")
+    return sorted(int(match[1]) for name in names if (match := STEP_NAME.fullmatch(name)))
+
+
 def committed_steps(run: str, exists: Exists, list_names: ListNames) -> list[int]:
     """Steps of a run folder with a commit record, oldest first; their files are not checked."""
-    names = list_names(f"{run.rstrip('/')}/checkpoints")
-    steps = [int(match[1]) for name in names if (match := STEP_NAME.fullmatch(name))]
-    return sorted(step for step in steps if exists(f"{step_url(run, step)}/{COMMIT}"))
+    steps = begun_steps(run, list_names)
+    return [step for step in steps if exists(f"{step_url(run, step)}/{COMMIT}")]
 
 
 def model_folder(url: str, exists: Exists, list_names: ListNames) -> str:
@@ -54,8 +59,8 @@ def model_folder(url: str, exists: Exists, list_names: ListNames) -> str:
     names = list_names(url)
     holds = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     raise ValueError(
-        f"no checkpoint in {url}: it {f'holds {holds}' if names else 'is no folder, or empty'}, "
-        f"but neither {COMMIT} nor {', '.join(MODEL_FILES)} nor checkpoints/step-*/{COMMIT}; give "
-        "a run folder, one of its steps (RUN/checkpoints/step-000450), or a folder with a model's "
-        "files, such as glipv2 convert writes"
+        f"no checkpoint in {url}: it {f'holds {holds}' if names else 'is no folder, or empty'}. "
+        f"Looked for checkpoints/step-*/{COMMIT} (a run that has saved a step), for {COMMIT} (a "
+        f"step), and for {', '.join(MODEL_FILES)} (a model, as glipv2 convert writes it). Give "
+        "another folder, or train first"
     )

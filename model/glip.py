@@ -1,18 +1,20 @@
 """GLIPv2 assembled: encoders, pyramid, fusion tower, heads; losses for training, outputs to use."""
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from glipv2.model import losses, understanding
 from glipv2.model.anchors import make_anchors
 from glipv2.model.assign import assign
 from glipv2.model.batch import Batch, Collectives, Outputs
 from glipv2.model.boxes import decode
-from glipv2.model.config import LossWeights, ModelConfig
+from glipv2.model.config import LossWeights, ModelConfig, Part
 from glipv2.model.dynamic_head import DyConv
 from glipv2.model.fusion import ImageTextAttention
 from glipv2.model.heads import (
@@ -24,7 +26,7 @@ from glipv2.model.heads import (
 )
 from glipv2.model.image_encoder import ImageEncoder
 from glipv2.model.mask_head import MaskHead, mask_loss
-from glipv2.model.pyramid import Pyramid
+from glipv2.model.pyramid import Pyramid, pyramid_sizes
 from glipv2.model.text_encoder import TextEncoder, TowerLayer, attention_bias
 
 
@@ -98,6 +100,7 @@ class GLIPv2(nn.Module):
         )
         self.text_encoder = TextEncoder(config.text_encoder)
         self.blocks = nn.ModuleList(FusionBlock(config) for _ in range(config.fusion_blocks))
+        self.recompute_blocks = False
         self.box_head = BoxHead(config.width, config.levels)
         self.alignment_head = AlignmentHead(config.width, text_width, config.alignment_temperature)
         self.masked_word_head = (
@@ -126,6 +129,16 @@ class GLIPv2(nn.Module):
 
         return from_pretrained(url)[0]
 
+    def recompute(self, parts: Collection[Part]) -> None:
+        """Compute activations of these parts again in the backward pass, instead of keeping them.
+
+        Block by block of the image encoder and the fusion tower, layer by layer of the text
+        encoder. Losses and gradients stay as they are, those of dropout too.
+        """
+        self.image_encoder.swin.set_grad_checkpointing("image_encoder" in parts)
+        self.text_encoder.recompute = "text_encoder" in parts
+        self.recompute_blocks = "fusion" in parts
+
     def forward(
         self,
         batch: Batch,
@@ -145,13 +158,7 @@ class GLIPv2(nn.Module):
         outputs = self.predict(
             batch.images_B3HW, batch.sizes_B2, batch.tokens_BT, batch.token_mask_BT
         )
-        matched_BA = assign(
-            outputs.anchors_A4,
-            [h * w for h, w in outputs.level_sizes],
-            batch.boxes_BN4,
-            batch.box_mask_BN,
-        )
-        targets = losses.make_targets(matched_BA, batch, outputs.anchors_A4)
+        targets = _targets(batch, outputs.anchors_A4, outputs.level_sizes)
         counts = losses.make_normalisers(targets, batch, self.config.contrast_regions, collectives)
         boxes_BA4 = decode(outputs.deltas_BA4.float(), outputs.anchors_A4)
         terms = {
@@ -185,6 +192,22 @@ class GLIPv2(nn.Module):
             if head is not None:
                 terms["token"] = terms["token"] + _untouched(head)
         return terms
+
+    @torch.no_grad()
+    def counts(self, batch: Batch) -> Tensor:
+        """What the losses of a batch are divided by, before any average: `Collectives.step_counts`.
+
+        They follow from the batch and need no pass through the model.
+        """
+        if batch.task != "grounding":  # questions are averaged over images, without a count
+            return understanding.count_words(batch.token_mask_BT)
+        H, W = batch.images_B3HW.shape[2:]
+        sizes = pyramid_sizes(H, W, self.config.levels)
+        anchors_A4 = make_anchors(
+            sizes, self.config.strides, self.config.anchor_scale, batch.boxes_BN4.device
+        )
+        targets = _targets(batch, anchors_A4, sizes)
+        return losses.count_targets(targets, batch, self.config.contrast_regions)
 
     def _understanding(
         self, batch: Batch, collectives: Collectives, weights: LossWeights
@@ -237,7 +260,7 @@ class GLIPv2(nn.Module):
         if not self.config.fusion:  # GLIP-T(A) aligns with words whose padding is zeroed
             fused_BTD = words_BTD * token_mask_BT[..., None]
         for block in self.blocks:
-            maps, fused_BTD = block(maps, fused_BTD, token_mask_BT, causal)
+            maps, fused_BTD = self._through(block, maps, fused_BTD, token_mask_BT, causal)
         level_sizes = [(x.shape[2], x.shape[3]) for x in maps]
         locations_BAD = flatten_levels(maps)
         deltas_BA4, centerness_BA = self.box_head(locations_BAD, [h * w for h, w in level_sizes])
@@ -265,10 +288,15 @@ class GLIPv2(nn.Module):
         *blocks, last = cast("list[FusionBlock]", list(self.blocks))
         maps = pyramid
         for block in blocks:
-            maps, words_BTD = block(maps, words_BTD, token_mask_BT, causal)
+            maps, words_BTD = self._through(block, maps, words_BTD, token_mask_BT, causal)
         return last.exchange(
             flatten_levels(maps), words_BTD, token_mask_BT, causal, image_reads_text=False
         )[1]
+
+    def _through(self, block: nn.Module, *inputs: Any) -> Any:
+        if not self.recompute_blocks:
+            return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False)
 
     def _inter_image(
         self,
@@ -307,6 +335,11 @@ class GLIPv2(nn.Module):
         logits_MV = head(words_BTD.gather(1, index).flatten(0, 1))
         labels_M = labels_BT.gather(1, places_BM).flatten()
         return losses.masked_word_loss(logits_MV, labels_M, normaliser)
+
+
+def _targets(batch: Batch, anchors_A4: Tensor, sizes: list[tuple[int, int]]) -> losses.Targets:
+    matched_BA = assign(anchors_A4, [h * w for h, w in sizes], batch.boxes_BN4, batch.box_mask_BN)
+    return losses.make_targets(matched_BA, batch, anchors_A4)
 
 
 def _untouched(module: nn.Module) -> Tensor:

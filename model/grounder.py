@@ -112,9 +112,11 @@ class Grounder:
         """Find the phrases of one caption in each image.
 
         Labels count the phrases of the image's own caption; a phrase cut off with the end of a too
-        long caption finds nothing. With `cross_phrase_nms`, of boxes that overlap more than this
-        only the best stays, whatever their phrases. ValueError names an image that can't be read
-        or a caption that makes no sense, such as one without a phrase that is asked for.
+        long caption finds nothing, nor does a caption without any. Boxes are the best 100 with
+        scores from `score_threshold` on; the default keeps mostly wrong ones. With
+        `cross_phrase_nms`, of boxes that overlap more than this only the best stays, whatever their
+        phrases. ValueError names an image that can't be read or a caption that makes no sense, such
+        as one that lacks the words of its phrases.
         """
         _check_one_each(images, captions, "captions")
         questions = []
@@ -144,9 +146,10 @@ class Grounder:
         """Find categories, the same for all images or a list for each.
 
         More categories than fit one prompt (or than `max_categories_per_prompt`) are asked for in
-        several, about the same image features. Labels count the caller's categories; at most 100
-        boxes of an image are kept over all prompts. ValueError names an image that can't be read or
-        a category that is no text.
+        several, about the same image features. Labels count the caller's categories; without any,
+        nothing is found. Boxes are the best 100 of an image over all prompts with scores from
+        `score_threshold` on; the default keeps mostly wrong ones. ValueError names an image that
+        can't be read or a category that is blank or no text.
         """
         names = _categories(categories, image_count(images))
         _check_one_each(images, names, "category lists")

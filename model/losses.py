@@ -76,10 +76,8 @@ def _centerness(boxes_BA4: Tensor, anchors_A4: Tensor) -> Tensor:
     return (near / far).prod(dim=-1).sqrt()
 
 
-def make_normalisers(
-    targets: Targets, batch: Batch, contrast_regions: int, collectives: Collectives
-) -> Normalisers:
-    """One collective call for all counts; every rank must make it."""
+def count_targets(targets: Targets, batch: Batch, contrast_regions: int) -> Tensor:
+    """What a batch adds to each count of `Normalisers`, and what where there is none: (2, 4)."""
     positives_B = targets.positive.sum(dim=1)
     counts = torch.stack(
         [
@@ -89,8 +87,18 @@ def make_normalisers(
             (batch.mlm_labels_BT != IGNORED_WORD).sum().float(),
         ]
     )
-    images = torch.full_like(counts, float(len(positives_B)))
-    counts, images = collectives.mean(torch.stack([counts, images])).unbind()
+    return torch.stack([counts, torch.full_like(counts, float(len(positives_B)))])
+
+
+def make_normalisers(
+    targets: Targets, batch: Batch, contrast_regions: int, collectives: Collectives
+) -> Normalisers:
+    """One collective call for all counts, which every rank must make, unless the step's are known
+    already."""
+    mean = collectives.step_counts
+    if mean is None:
+        mean = collectives.mean(count_targets(targets, batch, contrast_regions))
+    counts, images = mean.unbind()
     positives, centerness, contrasted, masked = torch.where(counts > 0, counts, images).unbind()
     return Normalisers(
         positives=positives, centerness=centerness, contrasted=contrasted, masked_words=masked

@@ -10,6 +10,15 @@ DROP_PROBABILITY = 0.3
 DROP_SIZE = 3
 
 
+def pyramid_sizes(height: int, width: int, levels: int) -> list[tuple[int, int]]:
+    """(height, width) of each level's map for a padded image, whose sides 32 divides."""
+    sizes = [(height // stride, width // stride) for stride in (8, 16, 32)]
+    for _ in range(levels - len(sizes)):
+        rows, columns = sizes[-1]
+        sizes.append(((rows + 1) // 2, (columns + 1) // 2))
+    return sizes
+
+
 class Pyramid(nn.Module):
     """Top-down merge of the encoder's maps (facts A.4)."""
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 from transformers.models.bert.modeling_bert import BertLayer
 
@@ -84,6 +85,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.bert = BertModel(bert_config(config), add_pooling_layer=False)
+        self.recompute = False
         if config.word_init_std != self.bert.config.initializer_range:
             embedding = self.bert.embeddings.word_embeddings
             nn.init.normal_(embedding.weight, std=config.word_init_std)
@@ -96,5 +98,8 @@ class TextEncoder(nn.Module):
         x = self.bert.embeddings(input_ids=tokens_BT)
         bias = attention_bias(token_mask_BT, x.dtype, causal)
         for layer in self.bert.encoder.layer:
-            x = layer(x, bias)
+            if self.recompute:
+                x = checkpoint(layer, x, bias, use_reentrant=False)
+            else:
+                x = layer(x, bias)
         return x

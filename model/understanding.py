@@ -90,10 +90,18 @@ def caption_loss(
     The words must come from a causal pass over the same tokens.
     """
     follows_BT = token_mask_BT[:, 1:]
+    words = collectives.step_counts
+    if words is None:
+        words = collectives.mean(count_words(token_mask_BT))
     logits_MV = head(fused_words_BTD[:, :-1][follows_BT])
     total = F.cross_entropy(logits_MV.float(), tokens_BT[:, 1:][follows_BT], reduction="sum")
     # The mean over ranks makes the ranks' average loss that of one rank with all captions.
-    return total / collectives.mean(follows_BT.sum().float()).clamp(min=1e-6)
+    return total / words.clamp(min=1e-6)
+
+
+def count_words(token_mask_BT: Tensor) -> Tensor:
+    """The words of captions that are to be predicted, [SEP] included; 0-dimensional."""
+    return token_mask_BT[:, 1:].sum().float()
 
 
 @torch.inference_mode()

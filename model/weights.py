@@ -1,6 +1,7 @@
 """A model as a folder of files, and back."""
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import fsspec
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
-from glipv2.model.config import config_from_dict, config_to_dict
+from glipv2.model.config import ModelConfig, config_from_dict, config_to_dict
 from glipv2.model.folders import CONFIG, MODEL_FILES, VOCABULARY, WEIGHTS, model_folder
 from glipv2.model.glip import GLIPv2, build_model
 from glipv2.model.tokenizer import Tokenizer
@@ -18,11 +20,20 @@ from glipv2.model.urls import scheme_of
 
 def model_files(model: GLIPv2, tokenizer: Tokenizer) -> dict[str, bytes]:
     """File name to content: weights, shape, vocabulary; all that `model_from_files` needs."""
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    config = json.dumps(config_to_dict(model.config), indent=2, sort_keys=True)
+    return {WEIGHTS: weights_file(model.state_dict()), **shape_files(model.config, tokenizer)}
+
+
+def weights_file(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of `model.safetensors` with a model's tensors by name."""
+    on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    return save(on_cpu, metadata={"format": "pt"})
+
+
+def shape_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files of a model beside its weights."""
+    shape = json.dumps(config_to_dict(config), indent=2, sort_keys=True)
     return {
-        WEIGHTS: save(tensors, metadata={"format": "pt"}),
-        CONFIG: (config + "\n").encode(),
+        CONFIG: (shape + "\n").encode(),
         VOCABULARY: ("\n".join(tokenizer.vocabulary) + "\n").encode(),
     }
 

@@ -8,6 +8,7 @@ which part of an item kills its worker (Ray retries a task that ran out of memor
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -23,6 +24,11 @@ MakeWorker = Callable[[], Callable[[Item], Result]]
 AfterKill = Callable[[Item, int, Any], "Item | None"]
 """(item, how many workers it has killed, the last note of the last one) -> what to try now."""
 
+Watch = Callable[[Iterable[Any]], None]
+"""Hears the last note of each worker, now and then; perhaps one about an item done since."""
+
+LOOK_S = 0.5
+"""Seconds between two looks at the notes."""
 MAX_KILLS = 2
 """An item whose worker died this often is taken for the cause and given up."""
 WHY = "it was killed, ran out of memory, or its machine is gone: see Ray's logs"
@@ -35,7 +41,7 @@ _note: Callable[[Any], None] | None = None
 def note(value: Any) -> None:
     """Tell the driver what a worker is about to do; known there even if this process dies of it.
 
-    About a millisecond. Nothing where nobody asked for notes (`map_on_ray` without `after_kill`).
+    About a millisecond. Nothing where nobody asked for notes (by `after_kill` or `watch`).
     """
     if _note is not None:
         _note(value)
@@ -47,12 +53,25 @@ def try_again(item: Item, kills: int, _last_note: Any) -> Item | None:
 
 
 def map_in_process(
-    make_worker: MakeWorker[Item, Result], items: Iterable[Item]
+    make_worker: MakeWorker[Item, Result], items: Iterable[Item], watch: Watch | None = None
 ) -> Iterator[tuple[Item, Result]]:
     """The same as `map_on_ray` in this process, for small work, debugging and tests."""
     worker = make_worker()
     for item in items:
-        yield item, worker(item)
+        with _notes_to(watch) if watch else nullcontext():
+            result = worker(item)
+        yield item, result
+
+
+@contextmanager
+def _notes_to(watch: Watch) -> Iterator[None]:
+    """Notes of this process go to `watch`."""
+    global _note
+    before, _note = _note, lambda value: watch([value])
+    try:
+        yield
+    finally:
+        _note = before
 
 
 def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
@@ -64,6 +83,7 @@ def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
     gpus_per_actor: float = 0.0,
     cpus_per_actor: float = 1.0,
     after_kill: AfterKill[Item] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[Item, Result]]:
     """Yield (item, result) as they finish, in any order.
 
@@ -80,7 +100,7 @@ def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
     if not waiting:
         return
     start_ray(num_actors)
-    pool = _Pool(make_worker, gpus_per_actor, cpus_per_actor, notes=after_kill is not None)
+    pool = _Pool(make_worker, gpus_per_actor, cpus_per_actor, notes=bool(after_kill or watch))
     most = _most_actors(num_actors, gpus_per_actor, cpus_per_actor)
     retry = after_kill or try_again
     poison: list[str] = []
@@ -89,7 +109,9 @@ def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
             pool.resize(min(most, len(pool.running) + waiting.at_least(most)), min_actors)
             while waiting and pool.idle:
                 pool.give(waiting.take())
-            ended = pool.next_end()
+            ended = pool.next_end(LOOK_S if watch else None)
+            if watch is not None:
+                watch(pool.last_notes())
             if ended is None:
                 continue
             task, result = ended
@@ -158,6 +180,8 @@ class _Pool:
         self.make_worker = make_worker
         self.actor_class = _actor_class(gpus, cpus)
         self.notes = _notes_actor() if notes else None
+        self.asked: Any = None
+        """The answer of `notes` that is awaited."""
         self.starting: dict[Any, _Worker] = {}
         self.idle: list[_Worker] = []
         self.running: dict[Any, tuple[_Task[Any], _Worker]] = {}
@@ -180,11 +204,16 @@ class _Pool:
         worker = self.idle.pop()
         self.running[worker.actor.work.remote(task.item)] = (task, worker)
 
-    def next_end(self) -> tuple[_Task[Any], Any] | None:
-        """What ends next: an item with its result or _Died, or None for the start of an actor."""
+    def next_end(self, timeout_s: float | None) -> tuple[_Task[Any], Any] | None:
+        """What ends next: an item with its result or _Died; None for the start of an actor, and
+        for nothing in the time given."""
         import ray
 
-        [done], _ = ray.wait([*self.running, *self.starting], num_returns=1)
+        under_way = [*self.running, *self.starting]
+        ended, _ = ray.wait(under_way, num_returns=1, timeout=timeout_s)
+        if not ended:
+            return None
+        [done] = ended
         if done in self.starting:
             self._has_started(done)
             return None
@@ -196,6 +225,18 @@ class _Pool:
             return task, _Died(last)
         self.idle.append(worker)
         return task, result
+
+    def last_notes(self) -> list[Any]:
+        """Of every worker that made any, as they were asked for the last time; waits for none."""
+        import ray
+
+        if self.notes is None:
+            return []
+        asked, self.asked = self.asked, self.asked or self.notes.all.remote()
+        if asked is None or not ray.wait([asked], timeout=0)[0]:
+            return []
+        self.asked = self.notes.all.remote()
+        return ray.get(asked)
 
     def _has_started(self, done: Any) -> None:
         import ray
@@ -273,6 +314,9 @@ class _Notes:
 
     def put(self, worker: int, value: Any) -> None:
         self.notes[worker] = value
+
+    def all(self) -> list[Any]:
+        return list(self.notes.values())
 
     def last(self, worker: int) -> Any:
         return self.notes.pop(worker, None)

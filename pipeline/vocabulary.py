@@ -7,6 +7,7 @@ propagation, facts B.4), and none is drawn as a negative of the other (facts C.4
 """
 
 from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 
 from glipv2.model.prompts import clean_category
 from glipv2.pipeline import storage
@@ -33,7 +34,9 @@ def vocabulary_of(sets: Iterable[ShardSet], same: Iterable[Collection[str]] = ()
         members = [clean_category(name) for name in group]
         for name in members:
             if name not in names:
-                raise DataError(f"no set has the category {name!r}; check its spelling")
+                near = ", ".join(get_close_matches(name, sorted(names), cutoff=0.5))
+                hint = f"the nearest there are {near}" if near else "check its spelling"
+                raise DataError(f"no set has the category {name!r}; {hint}")
             if name in grouped:
                 raise DataError(f"the category {name!r} is in two groups; join them into one")
         grouped.update(members)

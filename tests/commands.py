@@ -20,7 +20,7 @@ def smoke_recipe(folder: Path, **changes: Any) -> Path:
     """A copy of the smoke recipe with some top-level sections replaced or extended."""
     tree = yaml.safe_load(SMOKE.read_text())
     for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -75,6 +75,18 @@ def command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
         return ""
+
+
+def rank_process(launcher: int, rank: int) -> int | None:
+    """The process that is a rank of a running pretraining, however it was launched."""
+    for pid in descendants(launcher):
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"RANK={rank}".encode() in environment and "pretrain" in command_line(pid):
+            return pid
+    return None
 
 
 def descendants(pid: int) -> list[int]:

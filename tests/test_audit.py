@@ -59,6 +59,21 @@ def test_the_command_prints_precision_by_score_and_what_is_left(tmp_path, capsys
     assert lines[-1].split() == ["0.6", "to", "0.7", "2", "0", "0.000", "0.000", "to", "0.658"]
 
 
+def test_its_help_teaches_the_check(capsys):
+    helps = []
+    for words in (["label", "audit", "--help"], ["label", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == 0
+        helps.append(capsys.readouterr().out)
+    audit, label = helps
+    assert "usage: glipv2 label audit FILE" in audit and "--dry-run" not in audit
+    assert "1, yes or y for right" in audit and "95 % interval" in audit
+    examples = [line.split()[1:] for line in audit.splitlines() if line.startswith("  glipv2 ")]
+    assert [cli.parse(words).command for words in examples] == ["view", "label"]
+    assert "--dry-run" in label and "glipv2 label audit check.csv" in label
+
+
 def test_a_file_is_read_as_spreadsheets_store_it(tmp_path):
     german = HEAD.replace(",", ";")
     rows = "1;k;Bär;0;0;1;1;0,75;ein Bär;1\r\n2;k;x;0;0;1;1;0,25;;0\r\n;;;;;;;;;\r\n"

@@ -102,7 +102,7 @@ def test_notes_have_a_bound_and_survive_the_way_to_another_process():
         dropped.note("box_empty", "x" * 10_000)
     dropped.note("box_outside", "here")
     assert len(dropped.notes) == reasons.MAX_NOTES + 1
-    assert max(len(where) for _, where in dropped.notes) == reasons.MAX_WHERE
+    assert max(len(note.where) for note in dropped.notes) == reasons.MAX_WHERE
     assert dropped.unlisted == {"box_empty": 5} and dropped.first["box_outside"] == "here"
     sent = pickle.loads(pickle.dumps(dropped))
     assert (sent, sent.notes) == (dropped, dropped.notes)

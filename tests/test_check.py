@@ -1,7 +1,9 @@
 """glipv2 check finds every kind of damage, says where it is, and finds none in a good set."""
 
+import io
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -17,6 +19,9 @@ from sample_records import CATEGORIES, jpeg, record
 from glipv2.jobs import check as check_job
 from glipv2.jobs import cli
 from glipv2.jobs.check import CURES, check
+from glipv2.jobs.prepare import prepare_set
+from glipv2.pipeline.config import PrepareConfig
+from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.records import Region
 from glipv2.pipeline.shards import (
     RawSample,
@@ -231,12 +236,109 @@ def test_each_problem_is_a_line_with_its_cure_and_the_file_has_all(folder, tmp_p
     assert len(lines) == 4
     assert lines[0].startswith(f"{folder}/shard-000000.tar: shard_crc (crc32c ")
     assert lines[1].startswith(f"{folder}/shard-000000.tar key0000 at byte 0: crc_mismatch (")
-    assert all(line.endswith(f" -> {CURES['crc_mismatch']}") for line in lines[:2])
+    cure = CURES["crc_mismatch"].format(shard="shard-000000")
+    assert all(line.endswith(f" -> {cure}") for line in lines[:2])
     assert lines[2] == f"... and 4 more; all are in {out}"
     assert lines[3].endswith("6 problems: shard_crc 3, crc_mismatch 3")
     problems = json.loads(out.read_text())["problems"]
     assert [p["key"] for p in problems] == ["", "key0000", "", "key0004", "", "key0008"]
     assert all(p["cure"] for p in problems)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-700])
+
+
+TAR, COMMIT = "shard-000001.tar", "commits/shard-000001.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        (TAR, flip_a_bit, "shard_crc"),
+        (TAR, cut, "shard_size"),
+        (TAR, Path.unlink, "shard_missing"),
+        (COMMIT, Path.unlink, "commit_missing"),
+        (COMMIT, cut, "commit_damaged"),
+        (COMMIT, lambda path: shutil.copy(path.with_name("shard-000000.json"), path),
+         "commit_other"),
+        ("dataset.json", cut, "manifest_invalid"),
+    ],
+)  # fmt: skip
+def test_the_printed_cure_cures(tmp_path, name, damage, reason, capsys):
+    """Followed to the letter: delete what it names, run the command again."""
+    url, options = tmp_path / "set", PrepareConfig(source="toy", set="toy_val", count=10, size=64)
+    made = prepare_set(str(url), options, samples_per_shard=4)
+    before = {path.name: path.read_bytes() for path in url.glob("*.tar")}
+    damage(url / name)
+    assert cli.main(["check", str(url)]) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if reason in line)
+    _, _, cure = line.partition(" -> ")
+    if reason in ("shard_size", "shard_missing"):
+        with pytest.raises(DataError, match=f"`glipv2 check {url}` says how"):
+            prepare_set(str(url), options, samples_per_shard=4)
+    named = re.search(r"delete (.+?)(?:, as far as they are there,)? and run", cure)[1]
+    files = re.split(r", | and ", named) if named != "it" else ["dataset.json"]
+    for file in files:
+        (url / file).unlink(missing_ok=True)
+    assert prepare_set(str(url), options, samples_per_shard=4).digest == made.digest
+    assert check(str(url)) == []
+    assert {path.name: path.read_bytes() for path in url.glob("*.tar")} == before
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Tars of a user, indexed in place."""
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number:05d}.tar", "w") as tar:
+            for name, data in (("a.jpg", jpeg(number)), ("a.txt", b"a dog")):
+                info = tarfile.TarInfo(f"{number}{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert cli.main(["prepare", "webdataset", "--root", str(tmp_path), "--index-only"]) == 0
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
+def test_the_cure_for_an_index_leaves_the_tars_alone(tars, damage, capsys):
+    original = (tars / "00001.tar").read_bytes()
+    damage(tars / "00001.tar")
+    assert cli.main(["check", str(tars)]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if " -> " in line]
+    assert lines
+    for line in lines:
+        assert "copy 00001.tar again from where it came from; if" in line
+        assert "delete dataset.json, prepare.json and the folder commits, but no tar" in line
+        assert not re.search(r"delete [^:;]*00001\.tar", line)
+    (tars / "00001.tar").write_bytes(original)  # the first cure
+    assert check(str(tars)) == []
+
+
+@pytest.mark.parametrize("what", ["another tar", "commit"])
+def test_an_index_is_made_anew_as_it_is_said(tars, what, capsys):
+    if what == "commit":
+        (tars / "commits" / "00001.json").unlink()
+    else:
+        (tars / "00001.tar").write_bytes((tars / "00000.tar").read_bytes() + b"\0" * 10_240)
+        words = ["prepare", "webdataset", "--root", str(tars), "--index-only"]
+        assert cli.main(words) == 2  # and does not say to delete the folder
+        said = capsys.readouterr().err
+        assert "not the same tars" in said and "delete that folder" not in said
+        assert "delete dataset.json, prepare.json and the folder commits there, but no tar" in said
+    assert cli.main(["check", str(tars)]) == 1
+    said = capsys.readouterr().out
+    assert "delete dataset.json, prepare.json and the folder commits, but no tar, and run" in said
+    (tars / "dataset.json").unlink()
+    (tars / "prepare.json").unlink()
+    shutil.rmtree(tars / "commits")
+    assert cli.main(["prepare", "webdataset", "--root", str(tars), "--index-only"]) == 0
+    assert check(str(tars)) == []
 
 
 def test_no_set_at_all_is_a_mistake(tmp_path, capsys):

@@ -2,19 +2,34 @@
 
 import pytest
 
+from glipv2.model.folders import step_url
 from glipv2.pipeline import storage
 from glipv2.pipeline.checkpoint import (
     COMMIT,
+    commit,
     committed_steps,
+    drop_unlisted,
     newest_checkpoint,
+    open_checkpoint,
     prune_checkpoints,
-    read_checkpoint,
     resolve_checkpoint,
-    save_checkpoint,
+    verify,
+    write_folder,
 )
 from glipv2.pipeline.errors import DataError
 
 FILES = {"model.safetensors": b"weights", "trainer.json": b"{}"}
+
+
+def save_checkpoint(run_dir: str, step: int, files: dict[str, bytes]) -> str:
+    url = step_url(run_dir, step)
+    write_folder(url, files, step)
+    return url
+
+
+def newest(run_dir: str) -> tuple[str, dict[str, bytes]] | None:
+    found = newest_checkpoint(run_dir)
+    return found and (found.url, {name: found.read(name) for name in found.files})
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -24,10 +39,10 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: object) -> str:
 
 
 def test_a_saved_checkpoint_reads_back_and_is_the_newest(run_dir: str) -> None:
-    assert newest_checkpoint(run_dir) is None
+    assert newest(run_dir) is None
     save_checkpoint(run_dir, 100, FILES)
     url = save_checkpoint(run_dir, 200, {**FILES, "trainer.json": b"{2}"})
-    assert newest_checkpoint(run_dir) == (url, {**FILES, "trainer.json": b"{2}"})
+    assert newest(run_dir) == (url, {**FILES, "trainer.json": b"{2}"})
     assert resolve_checkpoint(run_dir) == url
     assert resolve_checkpoint(url) == url
 
@@ -36,21 +51,18 @@ def test_a_save_that_was_cut_off_before_its_commit_does_not_exist(
     run_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = save_checkpoint(run_dir, 100, FILES)
-    real = storage.write_bytes
 
     def killed_at_commit(url: str, data: bytes) -> None:
-        if url.endswith(COMMIT):
-            raise KeyboardInterrupt
-        real(url, data)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage, "write_bytes", killed_at_commit)
+    monkeypatch.setattr(storage, "create_once", killed_at_commit)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(run_dir, 200, FILES)
     monkeypatch.undo()
     assert committed_steps(run_dir) == [100]
-    assert newest_checkpoint(run_dir) == (good, FILES)
+    assert newest(run_dir) == (good, FILES)
     again = save_checkpoint(run_dir, 200, FILES)
-    assert newest_checkpoint(run_dir) == (again, FILES)
+    assert newest(run_dir) == (again, FILES)
 
 
 @pytest.mark.parametrize("damage", [b"weightz", b"weig", None])
@@ -62,8 +74,10 @@ def test_an_altered_truncated_or_missing_file_makes_the_step_before_the_newest(
     victim = storage.join(url, "model.safetensors")
     storage.delete(victim) if damage is None else storage.write_bytes(victim, damage)
     with pytest.raises(DataError, match=r"model\.safetensors"):
-        read_checkpoint(url)
-    assert newest_checkpoint(run_dir) == (good, FILES)
+        open_checkpoint(url).read("model.safetensors")
+    [problem] = verify(open_checkpoint(url))
+    assert "step-000200/model.safetensors" in problem
+    assert newest(run_dir) == (good, FILES)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over_silently(run_dir: str) -> None:
@@ -76,10 +90,28 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over_silently(run_
 def test_pruning_keeps_the_newest_and_counts_only_committed_ones(run_dir: str) -> None:
     for step in (100, 200, 300):
         save_checkpoint(run_dir, step, FILES)
-    storage.write_bytes(storage.join(run_dir, "checkpoints/step-000400/model.safetensors"), b"w")
+    for begun in (50, 250, 400, 500, 600):  # saves that were cut off
+        storage.write_bytes(storage.join(step_url(run_dir, begun), "model.safetensors"), b"w")
     prune_checkpoints(run_dir, keep=2)
     assert committed_steps(run_dir) == [200, 300]
-    assert storage.list_names(storage.join(run_dir, "checkpoints/step-000100")) == []
+    for gone in (50, 100, 250):
+        assert storage.list_names(step_url(run_dir, gone)) == []
+    assert storage.list_names(step_url(run_dir, 400)) == ["model.safetensors"]
+
+
+def test_what_another_attempt_left_in_a_committed_step_is_removed(run_dir: str) -> None:
+    url = save_checkpoint(run_dir, 100, FILES)
+    storage.write_bytes(storage.join(url, "state-0badcafe-00001.safetensors"), b"half")
+    drop_unlisted(open_checkpoint(url))
+    assert storage.list_names(url) == sorted([COMMIT, *FILES])
+    assert newest(run_dir) == (url, FILES)
+
+
+def test_of_two_processes_that_commit_one_step_the_second_is_told(run_dir: str) -> None:
+    url = save_checkpoint(run_dir, 100, FILES)
+    listed = open_checkpoint(url).files
+    assert not commit(url, 100, listed)
+    assert open_checkpoint(url).files == listed
 
 
 def test_a_folder_without_checkpoint_is_named_in_the_error(run_dir: str) -> None:

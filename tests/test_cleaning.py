@@ -63,6 +63,20 @@ def test_a_look_is_found_at_any_distance_up_to_the_limit_and_no_further(most):
             bits = rng.choice(BITS, flips, replace=False)
             other = known ^ sum(1 << int(bit) for bit in bits)
             assert looks.has(other) == (flips <= most)
+            assert looks.nearest(other) == (known if flips <= most else None)
+
+
+def test_the_nearest_of_several_looks_is_given():
+    rng = np.random.default_rng(7)
+    middle = int.from_bytes(rng.bytes(8), "big")
+    known = [middle ^ sum(1 << int(b) for b in rng.choice(BITS, n, replace=False))
+             for n in rng.integers(1, 8, 40)]  # fmt: skip
+    looks = Looks(7, known)
+    for _ in range(100):
+        asked = middle ^ sum(1 << int(bit) for bit in rng.choice(BITS, 4, replace=False))
+        distances = sorted(((asked ^ k).bit_count(), k) for k in known)
+        expected = distances[0][1] if distances[0][0] <= 7 else None
+        assert looks.nearest(asked) == expected
 
 
 @pytest.fixture
@@ -149,6 +163,12 @@ def test_images_of_an_evaluation_set_are_dropped_whatever_their_name(web, tmp_pa
     assert main(words) == 0
     assert dropped_of(url) == [("good2.jpg", "excluded"), ("good7.jpg", "excluded")]
     assert open_shard_set(url).info["counts"] == {"excluded": 2}
+    lines = storage.read_bytes(f"{url}/dropped/shard-000000.jsonl").decode().splitlines()
+    key_of = {r.provenance["file"]: r.key for r in iterate_records(val)}
+    assert [json.loads(line)["like"] for line in lines] == [
+        f"{key_of['val_0.png']} of {val}",
+        f"{key_of['val_1.png']} of {val}",
+    ]
     rule = CleanConfig(exclude=(str(tmp_path / "web"),))
     with pytest.raises(DataError, match="no complete shard set"):
         prepare_set(url, PrepareConfig(source="pairs", root=str(web), clean=rule))

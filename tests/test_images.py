@@ -68,7 +68,7 @@ def jpeg_bomb(side):
     return bytes(data)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("side", [30_000, 10_000])
 def test_an_image_of_too_many_pixels_is_refused_from_its_header(side, monkeypatch):
     bomb = jpeg_bomb(side)
@@ -77,6 +77,8 @@ def test_an_image_of_too_many_pixels_is_refused_from_its_header(side, monkeypatc
     with pytest.raises(BadSample) as caught:
         decode_image(bomb)
     assert caught.value.reason == "image_too_large"
+    with pytest.raises(BadSample, match="image_too_large"):
+        image_size(bomb)
     assert time.perf_counter() - start < 0.5
 
 

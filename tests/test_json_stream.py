@@ -1,4 +1,5 @@
 import json
+import re
 import tracemalloc
 
 import pytest
@@ -90,6 +91,21 @@ def test_what_is_no_object_is_refused_with_file_place_and_cure(text, chunk):
         write(text)
         with pytest.raises(DataError, match=r"file\.json is not valid JSON near character \d+.*;"):
             everything()
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_the_place_is_said_once_and_is_that_of_the_file(chunk, size):
+    chunk(size)
+    text = '{"images": [{"id": 1}, {"id": 2}], "annotations": [{"id": 1}, {"id": '
+    for broken, place in [(text, len(text)), (text + "x}]}", len(text))]:
+        write(broken)
+        with pytest.raises(DataError) as caught:
+            everything()
+        assert f"near character {place}: Expecting value; fetch" in str(caught.value)
+    storage.write_bytes(URL, b'{"a": [1, "caf\xe9"]}')
+    with pytest.raises(DataError) as caught:
+        everything()
+    assert len(re.findall(r"\d+", str(caught.value).replace(URL, ""))) == 2  # and UTF-8
 
 
 def test_bytes_that_are_no_utf8_are_refused_and_a_byte_order_mark_is_not():

@@ -1,6 +1,7 @@
 """Kill -9 at any moment, run the same command again: nothing is lost and nothing differs."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,11 +16,14 @@ from commands import (  # noqa: E402
     descendants,
     finish,
     kill_when,
+    rank_process,
     smoke_recipe,
     start,
 )
 
 from glipv2.jobs.prepare import prepare_set  # noqa: E402
+from glipv2.model.folders import step_name  # noqa: E402
+from glipv2.pipeline import preemption, storage  # noqa: E402
 from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
 from glipv2.pipeline.config import PrepareConfig  # noqa: E402
 from glipv2.pipeline.launch import LAUNCHER  # noqa: E402
@@ -57,6 +61,14 @@ def undisturbed(recipe: Path, folder: Path) -> Path:
     return folder / "undisturbed"
 
 
+def saved_state(run: Path, step: int) -> list[bytes]:
+    """What every rank saved; the names of the files are those of an attempt."""
+    ranks = (run / "checkpoints" / step_name(step)).glob("state-*.safetensors")
+    found = [path.read_bytes() for path in sorted(ranks, key=lambda path: path.name[-17:])]
+    assert found
+    return found
+
+
 def step_logged(run: Path, step: int) -> Callable[[], bool]:
     return lambda: any(entry["step"] >= step for entry in read_losses(str(run)))
 
@@ -71,30 +83,51 @@ def test_a_killed_pretraining_ends_with_the_same_losses_and_weights_bit_for_bit(
     run = folder / "killed"
     command = ("pretrain", recipe, f"run_dir={run}")
     assert kill_when(step_logged(run, 1), *command) == -9  # the launcher, before a checkpoint
-    assert kill_when(step_logged(run, 3), *command, victim="pretrain") == 3  # a rank
-    assert 3 in committed_steps(str(run))
-    assert STEPS not in committed_steps(str(run))
-    finish(*command)
-    for name in ("losses.jsonl", "checkpoints/step-000012/model.safetensors",
-                 "checkpoints/step-000012/optimizer.safetensors"):  # fmt: skip
+    process = start(*command)
+    hit(process, 1, signal.SIGKILL, step_logged(run, 4))
+    said = process.communicate(timeout=TIMEOUT)[1]
+    assert process.returncode == 0, said
+    assert "rank 1 was killed by SIGKILL; starting all ranks again from step 3" in said
+    [noted] = storage.read_json_lines(str(run / "restarts.jsonl"))
+    assert (noted["rank"], noted["step"]) == (1, 3)
+    for name in ("losses.jsonl", "checkpoints/step-000012/model.safetensors"):
         assert (run / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert saved_state(run, 12) == saved_state(undisturbed, 12)
 
 
-def test_terminated_it_says_so_with_exit_code_3_and_goes_on(
+def test_told_to_stop_it_loses_no_step_and_a_rank_that_hangs_is_noticed(
     recipe: Path, undisturbed: Path, folder: Path
 ) -> None:
     run = folder / "terminated"
     command = ("pretrain", recipe, f"run_dir={run}")
     process = start(*command)
-    while not step_logged(run, 3)():
-        assert process.poll() is None
+    assert wait_for(step_logged(run, 3), TIMEOUT)
     process.terminate()
     said = process.communicate(timeout=TIMEOUT)[1]
-    assert process.returncode == 3, said
-    assert "stopped by signal SIGTERM; run the same command again" in said
-    assert STEPS not in committed_steps(str(run))
-    finish(*command)
+    assert process.returncode == preemption.EXIT_CODE, said
+    assert "stopped as told to; the checkpoint of the last step is committed" in said
+    made = len(read_losses(str(run)))
+    assert 4 <= made < STEPS
+    assert committed_steps(str(run))[-1] == made
+
+    process = start(*command, "supervise.step_seconds=6", "supervise.data_seconds=6")
+    hit(process, 1, signal.SIGSTOP, step_logged(run, made))
+    said = process.communicate(timeout=TIMEOUT)[1]
+    assert process.returncode == 0, said
+    assert "ended with exit code 70 (it hung); starting all ranks again" in said
+    stacks = [path.name for path in (run / "stacks").iterdir()]
+    assert {name[: len("rank-0")] for name in stacks} == {"rank-0", "rank-1"}
     assert (run / "losses.jsonl").read_bytes() == (undisturbed / "losses.jsonl").read_bytes()
+
+
+def hit(
+    process: "subprocess.Popen[str]", rank: int, number: signal.Signals, when: Callable[[], bool]
+) -> None:
+    """Send a rank of a running pretraining a signal as soon as the condition holds."""
+    assert wait_for(lambda: process.poll() is not None or when(), TIMEOUT)
+    pid = rank_process(process.pid, rank)
+    assert pid is not None, process.communicate()[1]
+    os.kill(pid, number)
 
 
 @pytest.mark.slow

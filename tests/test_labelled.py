@@ -230,6 +230,20 @@ def test_boxes_by_lot_have_the_numbers_of_the_csv(labelled, tmp_path, capsys):
     assert read_audit(str(table)).total.right == 4
 
 
+def test_boxes_of_one_place_are_checked_on_cards_of_their_own(labelled, tmp_path):
+    same = record("p-0", "see a red square by a blue circle", square=[0.9, 0.8], circle=[0.7])
+    regions = (dataclasses.replace(region, box=(5, 5, 50, 60)) for region in same.regions)
+    table = tmp_path / "check.csv"
+    url = labelled([dataclasses.replace(same, regions=tuple(regions))])
+    view.view(url, str(tmp_path / "p.html"), 9, 0, csv=str(table))
+    page, rows = shown(tmp_path / "p.html"), csv_rows(table)
+    cards = [" ".join(card["text"].split()) for card in page.all("article")]
+    assert len(cards) == len(boxes(page)) == len(rows) == 3
+    for card, row in zip(cards, rows, strict=True):
+        assert f" {row['number']}{row['phrase']}{float(row['score']):.2f} p-0" in card
+    assert [m["text"] for m in page.all("mark")] == [row["phrase"] for row in rows]
+
+
 def test_only_boxes_with_the_scores_asked_for_are_checked(labelled, tmp_path):
     table = tmp_path / "check.csv"
     wanted = sampling.Wanted(min_score=0.6, max_score=0.8)

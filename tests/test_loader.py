@@ -388,3 +388,38 @@ def test_a_dropped_region_takes_its_mask_along(tmp_path, tokenizer):
     (batch, _), *_ = take(build_loader(data, 4, sets, tokenizer, masks=True), 1)
     assert batch.masks_BNSS.shape[1] == 1
     assert batch.masks_BNSS.unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_micro_batches_are_the_share_of_a_step_in_order_and_padded_by_themselves(
+    sets, tokenizer, accumulation
+):
+    for rank in (0, 1):
+        whole = build_loader(DATA, 8, sets, tokenizer, rank=rank, world_size=2)
+        parted = build_loader(
+            DATA, 8, sets, tokenizer, rank=rank, world_size=2, accumulation=accumulation
+        )
+        steps = list(itertools.islice(parted.steps(parted.start()), 5))
+        sizes = set()
+        for (batch, here), (micro_batches, there) in zip(take(whole, 5), steps, strict=True):
+            assert sum((micro.keys for micro in micro_batches), []) == batch.keys
+            assert {len(micro.keys) for micro in micro_batches} == {4 // accumulation}
+            assert len(micro_batches) == accumulation
+            assert here == there
+            rows = zip(
+                [(micro, row) for micro in micro_batches for row in range(len(micro.keys))],
+                range(4),
+                strict=True,
+            )
+            for (micro, row), place in rows:
+                height, width = micro.sizes_B2[row].tolist()
+                assert torch.equal(
+                    micro.images_B3HW[row, :, :height, :width],
+                    batch.images_B3HW[place, :, :height, :width],
+                )
+            for micro in micro_batches:
+                padded = tuple(micro.images_B3HW.shape[2:])
+                longest = micro.sizes_B2.max(dim=0).values.tolist()
+                assert padded == tuple(-(-side // 32) * 32 for side in longest)
+                sizes.add(padded)
+        assert len(sizes) > 1

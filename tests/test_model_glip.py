@@ -9,8 +9,9 @@ from torch import Tensor
 
 from glipv2.model import understanding
 from glipv2.model.batch import NO_CATEGORY, NO_WORD, Batch, Collectives
-from glipv2.model.config import LossWeights, ModelConfig, preset
+from glipv2.model.config import LossWeights, ModelConfig, Part, preset
 from glipv2.model.glip import GLIPv2, build_model
+from glipv2.model.pyramid import Pyramid, pyramid_sizes
 
 Terms = dict[str, Tensor]
 TERMS = {"box", "centerness", "token", "inter_image", "mlm"}
@@ -215,3 +216,77 @@ def test_a_few_steps_on_one_batch_lower_every_term() -> None:
 def test_every_term_has_a_weight_and_every_weight_a_term(model: GLIPv2) -> None:
     terms = set(model(make_batch())) | {"mask"} | set(understanding.TERMS.values())
     assert terms == {field.name for field in dataclasses.fields(LossWeights)}
+
+
+@pytest.mark.parametrize("boxes", [3, 0])
+def test_micro_batches_divided_by_the_counts_of_the_step_learn_what_the_whole_batch_teaches(
+    boxes: int,
+) -> None:
+    model = build_model(preset("tiny"), seed=0).double()
+    batch = make_batch(boxes=boxes, masked=boxes > 0)
+    micro = [part(batch, slice(0, 2), tokens=12), part(batch, slice(2, 4), tokens=10)]
+    counts = torch.stack([model.counts(one) for one in micro]).mean(dim=0)
+    assert not torch.equal(model.counts(micro[0]), model.counts(micro[1])) or boxes == 0
+    whole = model(batch)
+    taken = [model(one, Collectives(step_counts=counts)) for one in micro]
+    for term in TERMS - {"inter_image"}:  # which compares the images of a micro-batch alone
+        mean = (taken[0][term] + taken[1][term]) / 2
+        torch.testing.assert_close(mean, whole[term], rtol=1e-5, atol=1e-7, msg=term)
+        expected = gradients(model, whole[term])
+        for name, gradient in gradients(model, mean).items():
+            torch.testing.assert_close(
+                gradient, expected[name], rtol=1e-4, atol=1e-6, msg=f"{term}: {name}"
+            )
+
+
+@pytest.mark.parametrize("preset_name", ["tiny", "A", "T"])
+@pytest.mark.parametrize("size", [(64, 96), (800, 1344), (32, 32)])
+def test_the_sizes_of_maps_follow_from_the_padded_image(
+    preset_name: str, size: tuple[int, int]
+) -> None:
+    config = preset(preset_name)
+    pyramid = Pyramid([1, 2, 4], 4, config.levels, drop_block=False)
+    maps = [
+        torch.zeros(1, 2**n, size[0] // stride, size[1] // stride)
+        for n, stride in enumerate((8, 16, 32))
+    ]
+    found = [tuple(x.shape[2:]) for x in pyramid(maps)]
+    assert pyramid_sizes(*size, config.levels) == found
+
+
+DROPPING = dataclasses.replace(
+    preset("tiny"),
+    image_encoder=dataclasses.replace(preset("tiny").image_encoder, drop_path=0.3),
+    text_encoder=dataclasses.replace(preset("tiny").text_encoder, dropout=0.2),
+    fusion_dropout=0.2,
+)
+
+
+def trained(parts: tuple[Part, ...]) -> tuple[Tensor, list[Tensor], int]:
+    """The loss, its gradients, and the bytes that the graph keeps for the backward pass."""
+    model = build_model(DROPPING, seed=0).train()
+    model.recompute(parts)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(7)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = torch.stack(list(model(make_batch()).values())).sum()
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.detach(), list(found), sum(kept.values())
+
+
+@pytest.mark.parametrize("parts", [("image_encoder",), ("text_encoder",), ("fusion",)])
+def test_recomputing_activations_keeps_fewer_of_them_and_changes_no_bit(
+    parts: tuple[Part, ...],
+) -> None:
+    loss, gradients_kept, bytes_kept = trained(())
+    same_loss, same_gradients, bytes_recomputed = trained(parts)
+    assert torch.equal(loss, same_loss)
+    for one, other in zip(gradients_kept, same_gradients, strict=True):
+        assert torch.equal(one, other)
+    assert bytes_recomputed < bytes_kept * 0.98

@@ -12,7 +12,14 @@ from glipv2.model.batch import Batch, Collectives
 from glipv2.model.config import LossWeights, preset
 from glipv2.model.glip import GLIPv2, build_model
 from glipv2.model.tokenizer import SPECIAL_TOKENS, Tokenizer, tiny_vocab
-from glipv2.model.understanding import answer, answer_loss, beam_search, caption_loss, generate
+from glipv2.model.understanding import (
+    TERMS,
+    answer,
+    answer_loss,
+    beam_search,
+    caption_loss,
+    generate,
+)
 
 ANSWERS = ("yes", "no", "red", "two")
 # A large fusion scale, so that what the words read in the image is not lost in rounding.
@@ -178,6 +185,19 @@ def test_two_ranks_with_unequal_captions_learn_what_one_rank_learns(model: GLIPv
         torch.autograd.grad(sum(ranks) / 2, weight, retain_graph=True),
         torch.autograd.grad(whole, weight),
     )
+
+
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+def test_micro_batches_of_a_step_teach_what_the_whole_does(
+    model: GLIPv2, task: Literal["vqa", "captioning"]
+) -> None:
+    whole = make_batch(task)
+    rows = [slice(i, i + 1) for i in range(len(TEXTS))]  # of unequal length
+    micro = [make_batch(task, row) for row in rows]
+    counts = torch.stack([model.counts(batch) for batch in micro]).mean(dim=0)
+    term = TERMS[task]
+    losses = [model(batch, Collectives(step_counts=counts))[term].item() for batch in micro]
+    assert sum(losses) / len(losses) == pytest.approx(model(whole)[term].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("task", ["grounding", "vqa", "captioning"])

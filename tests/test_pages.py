@@ -25,9 +25,10 @@ from page_parser import (  # noqa: E402
 )
 
 from glipv2.jobs import sampling, view  # noqa: E402
-from glipv2.jobs.page import plain_text, record_card, render  # noqa: E402
+from glipv2.jobs.card_text import plain_text  # noqa: E402
+from glipv2.jobs.page import record_card, render  # noqa: E402
 from glipv2.pipeline.errors import DataError  # noqa: E402
-from glipv2.pipeline.records import Region  # noqa: E402
+from glipv2.pipeline.records import Question, Region  # noqa: E402
 from glipv2.pipeline.shards import write_shard_set  # noqa: E402
 
 
@@ -131,6 +132,79 @@ def test_gold_and_empty_records_say_so(labelled_set):
     assert [re.sub(r"\s+", " ", line["text"]).strip() for line in legend] == ["1cell× 2"]
     assert len({color for *_, color in boxes(page)}) == 1
     assert page.text.count("no boxes") == 1
+
+
+def asked(key="q-0", count=2, **changes):
+    people = ("Red", "red", "a red", "maroon", "pink", "dark red")
+    many = [Question(id=str(n), text=f"question {n}?") for n in range(count - 2)]
+    questions = (
+        Question(id="a", text="what colour is <b>it</b>?", answers=people),
+        Question(id="b", text="how many?", answers=("two",)),
+        *many,
+    )
+    return pair(key, task="vqa", caption="", regions=(), questions=questions, **changes)
+
+
+def texts(page, tag, **attributes):
+    return [" ".join(e["text"].split()) for e in page.all(tag, **attributes)]
+
+
+def test_a_card_shows_questions_with_what_people_answered(labelled_set):
+    url, out = labelled_set([asked(), asked("q-1", count=9)])
+    view.view(url, str(out), 5, 0)
+    page = shown(out)
+    assert_self_contained(page)
+    first = [
+        "what colour is <b>it</b>? red (3 of 6), maroon (1), pink (1), ...",
+        "how many? two",
+    ]
+    unanswered = [f"question {n}? no answer given" for n in range(4)]
+    assert texts(page, "li") == [*first, *first, *unanswered, "and 3 more"]
+    assert "no boxes" not in page.text
+    assert texts(page, "dd")[2:4] == ["115.5 a picture", "147.0 a picture"]  # questions, answers
+    assert texts(page, "figcaption") == ["Length of questions", "Questions by answer"]
+    assert "red2" in "".join(page.text.split()) and "Boxes" not in page.text
+
+
+def test_a_card_shows_every_caption(labelled_set):
+    captions = ("a cat", "a black cat sits", "cat & mouse")
+    record = pair(task="captioning", caption=captions[0], captions=captions, regions=())
+    url, out = labelled_set([record])
+    view.view(url, str(out), 5, 0)
+    page = shown(out)
+    assert texts(page, "p", class_="caption") == ["a cat"]
+    assert texts(page, "li") == ["a black cat sits", "cat & mouse"]
+    assert texts(page, "dd")[2] == "33.0 a picture"
+    assert "Length of captions" in texts(page, "figcaption")
+
+
+def test_digests_are_cut_and_whole_under_the_pointer(labelled_set):
+    making = {"source": "web", "teacher": "8ba396f781ed0396", "label_settings": "ada0c838aa59c300"}
+    url, out = labelled_set([pair(provenance={**making, "image_id": "000000123456"})])
+    view.view(url, str(out), 5, 0)
+    page = shown(out)
+    assert {e["text"]: e["title"] for e in page.all("abbr")} == {
+        "8ba396…": making["teacher"],
+        "ada0c8…": making["label_settings"],
+    }
+    assert making["teacher"] not in page.text and "000000123456" in page.text
+
+
+@pytest.mark.parametrize(
+    "box", [BOX_A, (120.0, 0.0, 160.0, 40.0), (120.0, 60.0, 160.0, 100.0), (0.0, 0.0, 160.0, 100.0)]
+)
+def test_boxes_of_one_place_show_all_their_numbers(box):
+    spans = [((n, n + 1),) for n in range(5)]
+    regions = tuple(Region(box=box, spans=s, score=0.5) for s in (*spans, spans[0]))
+    picture = record_card(pair(regions=regions)).picture
+    tags = {tag.mark.tag: tag for tag in picture.tags}
+    assert sorted(tags) == ["1", "2", "3", "4", "5"] and len(picture.tags) == 6
+    corners = [(t.x, t.y, t.x + t.width, t.y + t.height) for t in tags.values()]
+    for number, (x0, y0, x1, y1) in enumerate(corners):
+        assert x0 >= 0 and x1 <= 160.01 and y0 >= 0 and y1 <= 100
+        assert max(x0 - box[0], box[0] - x1, y0 - box[1], box[1] - y1) < 5 * picture.tag
+        for a0, b0, a1, b1 in corners[:number]:  # 0.02 px of rounding
+            assert x1 <= a0 + 0.02 or a1 <= x0 + 0.02 or y1 <= b0 + 0.02 or b1 <= y0 + 0.02
 
 
 def test_a_category_has_one_colour_on_all_cards(labelled_set):

@@ -107,6 +107,37 @@ def test_rows_that_can_not_be_used_are_counted_and_skipped(folder):
     assert dropped.first["row_unreadable"] == "line 2"
 
 
+def test_images_without_a_text_file_are_counted(folder):
+    (folder / "two.txt").write_text("a cat")
+    for name in ("three.jpg", "four.gif"):
+        (folder / name).write_bytes(image_bytes())
+    records, dropped = read(folder)
+    assert [record.caption for record in records] == ["a cat"]
+    assert dropped == {"text_missing": 2}
+    assert sorted(note.where for note in dropped.notes) == ["four.gif", "three.jpg"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_field_that_no_row_has_is_refused_at_once(folder, name):
+    rows = {"a.jsonl": '{"image": "one.jpg", "words": "x"}\n{"url": "y"}\n7\n',
+            "a.csv": "Image,Words,URL\none.jpg,x,y\ntwo.png,x,y\n"}  # fmt: skip
+    (folder / name).write_text(rows[name])
+    message = rf"{name}: none of 2 rows has the field 'caption'; there are image, words, url$"
+    with pytest.raises(DataError, match=message):
+        read(folder, caption_field="caption")
+    assert read(folder, caption_field="words")[0][0].caption == "x"
+
+
+def test_an_empty_folder_is_said_to_be_empty(tmp_path):
+    with pytest.raises(DataError, match=f"{tmp_path} is empty; give a folder or a table"):
+        read(tmp_path)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "set" / "a.csv").write_text("image,caption\none.jpg,a dog\n")
+    with pytest.raises(DataError, match="image folder .*images is empty"):
+        read(tmp_path / "set", images=(str(tmp_path / "images"),))
+
+
 def test_rows_of_another_width_or_encoding_are_counted(folder):
     (folder / "a.csv").write_bytes(b"image,caption\none.jpg,a dog\none.jpg\none.jpg,caf\xe9\n")
     records, dropped = read(folder)

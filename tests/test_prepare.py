@@ -1,17 +1,20 @@
 import argparse
 import json
 import os
+import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from glipv2.data_prep import toy
+from glipv2.data_prep import toy, writing
 from glipv2.data_prep.reasons import REASONS, Dropped
 from glipv2.jobs import prepare
+from glipv2.jobs.cli import main
 from glipv2.pipeline import storage
-from glipv2.pipeline.config import PrepareConfig
+from glipv2.pipeline.config import CleanConfig, PrepareConfig
 from glipv2.pipeline.errors import ConfigError, DataError
 from glipv2.pipeline.shards import iterate_records, open_shard_set
 
@@ -86,8 +89,9 @@ def test_cut_off_anywhere_the_same_command_ends_with_equal_bytes(
         patch.setattr(toy, "toy_record", dies)
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare_set(str(tmp_path / "cut"), TOY, samples_per_shard=8)
-    with pytest.raises(DataError, match="other settings"):
-        prepare.prepare_set(str(tmp_path / "cut"), replace(TOY, count=21), samples_per_shard=8)
+    if (tmp_path / "cut" / "commits").exists():
+        with pytest.raises(DataError, match="other settings"):
+            prepare.prepare_set(str(tmp_path / "cut"), replace(TOY, count=21), samples_per_shard=8)
     prepare.prepare_set(str(tmp_path / "cut"), TOY, samples_per_shard=8)
     whole, cut = contents(tmp_path / "whole"), contents(tmp_path / "cut")
     commits = [name for name in whole if name.parts[0] == "commits"]
@@ -97,6 +101,143 @@ def test_cut_off_anywhere_the_same_command_ends_with_equal_bytes(
     for name in commits:  # the attempt's name is the only thing that may differ
         one, two = json.loads(whole[name]), json.loads(cut[name])
         assert {**one, "attempt": ""} == {**two, "attempt": ""}
+
+
+def test_what_committed_nothing_blocks_no_other_command(tmp_path, monkeypatch):
+    url = str(tmp_path / "set")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_shards", lambda *_: pytest.fail("interrupted"))
+        with pytest.raises(pytest.fail.Exception):
+            prepare.prepare_set(url, BCCD)
+    looks = tmp_path / "set" / "looks" / "shard-000000.json"
+    storage.write_bytes(str(looks), b"[]")  # of the first command: what it saw says nothing now
+    options = PrepareConfig(source="pairs", root=str(SAMPLES / "web_pairs"))
+    made = prepare.prepare_set(url, replace(options, clean=CleanConfig(duplicates=True)))
+    assert made.samples == 36 and not looks.exists()
+    with pytest.raises(DataError, match="source: pairs there, toy now"):
+        prepare.prepare_set(url, TOY)
+
+
+def test_two_commands_at_once_never_make_one_set(tmp_path, monkeypatch):
+    """The second takes the folder over before the first commits; the first ends first."""
+    url, real = str(tmp_path / "set"), prepare._shards
+
+    def overtaken(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "_shards", lambda *_: [])
+            patch.setattr(prepare, "_complete", lambda *_: None)
+            prepare.prepare_set(url, replace(TOY, seed=4))
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_shards", overtaken)
+        prepare.prepare_set(url, TOY, samples_per_shard=8)
+    (tmp_path / "set" / "dataset.json").unlink()
+    with pytest.raises(DataError, match="shard-000000 was made by another command"):
+        prepare.prepare_set(url, replace(TOY, seed=4))
+
+
+def test_what_differs_is_said_in_words_and_paths(tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(SAMPLES / "web_pairs" / "images", tmp_path / name / "images")
+    lines = (SAMPLES / "web_pairs" / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "one" / "pairs.jsonl").write_text("".join(lines[:5]))
+    (tmp_path / "two" / "pairs.jsonl").write_text("".join(lines[:6]))
+    first, second = (
+        PrepareConfig(source="pairs", root=str(tmp_path / name)) for name in ("one", "two")
+    )
+    url = str(tmp_path / "set")
+    prepare.prepare_set(url, replace(first, clean=CleanConfig(min_words=2)))
+    cases = {
+        second: f"root: {tmp_path}/one there, {tmp_path}/two now",
+        replace(first, clean=CleanConfig(min_words=3)): "min_words: 2 there, 3 now",
+        first: "min_words: 2 there, not set now",  # a rule that is gone is another setting too
+    }
+    for options, said in cases.items():
+        with pytest.raises(DataError, match="not the same table|min_words") as caught:
+            prepare.prepare_set(url, options)
+        assert said in str(caught.value)
+        assert not re.search(r"[0-9a-f]{8}", str(caught.value).replace(url, ""))
+
+
+def test_progress_is_shown_within_a_shard(tmp_path, monkeypatch):
+    """Rows are counted one by one and never back, though there are two shards only."""
+    seen = []
+
+    class Bar:
+        n = 0
+
+        def update(self, rows):
+            self.n += rows
+            seen.append(rows)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(prepare, "bar", lambda total, text, unit: Bar())
+    monkeypatch.setattr(writing, "NOTE_S", 0.0)
+    prepare.prepare_set(str(tmp_path / "set"), TOY, samples_per_shard=10, workers=0)
+    assert sum(seen) == 20 and set(seen) <= {0, 1}
+
+
+@pytest.mark.parametrize("command", ["prepare pairs --root x --out y", "check x", "stats x"])
+@pytest.mark.parametrize("number", ["-1", "two"])
+def test_impossible_numbers_of_workers_are_refused(command, number, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--workers", number])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "argument --workers: must be a whole number of" in said and f"not '{number}'" in said
+
+
+def test_mistakes_are_named_as_the_user_made_them(tmp_path, capsys):
+    web = ["prepare", "pairs", "--root", str(SAMPLES / "web_pairs"), "--out", str(tmp_path / "x")]
+    for words, said in [
+        ("--max-aspect 0.5", "--max-aspect must be 0 or at least 1, not 0.5"),
+        ("--min-side -1", "--min-side must be 0 or more"),
+        ("--min-words -1", "--min-words must be 0 or more"),
+        ("--look-distance 9", "--look-distance must be between 0 and 7"),
+        ("--languages en english", "--languages must be ISO 639 codes, not 'english'; did you "
+                                   "mean en? known codes: ace, af,"),
+        ("--languages EN", "did you mean en?"),
+        ("--languages xy", "known codes: "),
+    ]:  # fmt: skip
+        assert main([*web, *words.split()]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
+    toy_words = ["prepare", "toy", "--set", "toy_val", "--out", str(tmp_path / "x")]
+    with pytest.raises(SystemExit):
+        main([*toy_words, "--count", "0"])
+    assert "--count: must be a whole number of 1 or more, not '0'" in capsys.readouterr().err
+    assert main([*toy_words, "--count", "1", "--seed", "-1"]) == 2
+    assert "glipv2 prepare: --seed must be 0 or more, not -1" in capsys.readouterr().err
+    recipe = tmp_path / "recipe.yaml"
+    web_set = {"source": "pairs", "root": web[3], "clean": {"max_aspect": 0.5}}
+    recipe.write_text(json.dumps({"run_dir": str(tmp_path), "prepare": {"web": web_set}}))
+    assert main(["prepare", "recipe", str(recipe)]) == 2
+    assert "clean.max_aspect must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "near"), [("prepare cocoo", "coco"), ("prepare COCO", "coco"), ("prepair", "prepare")]
+)
+def test_the_nearest_name_is_given(words, near, capsys):
+    with pytest.raises(SystemExit):
+        main(words.split())
+    assert f"did you mean {near}?" in capsys.readouterr().err
+
+
+def test_the_help_says_what_each_option_is_for_its_source(capsys):
+    for source, texts in {
+        "coco": ["the instances JSON file"],
+        "voc": ["the folder of XML files", "captions of fewer words"],
+        "pairs": ["first with text of alt, caption, text, description, title"],
+        "webdataset": ["the .txt, else the first with text of caption, alt, text,"],
+    }.items():
+        with pytest.raises(SystemExit):
+            main(["prepare", source, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert all(text in shown for text in texts)
 
 
 def test_voc_keeps_the_categories_of_the_whole_folder_and_the_licence(capsys):
@@ -146,6 +287,8 @@ def test_a_source_without_one_usable_sample_says_why(tmp_path):
     with pytest.raises(DataError, match="no usable sample.*3 image_missing"):
         prepare.prepare_set("memory://nothing", options)
     assert not storage.exists("memory://nothing/dataset.json")
+    options = PrepareConfig(source="pairs", root=str(SAMPLES / "web_pairs"))
+    assert prepare.prepare_set("memory://nothing", options).samples == 36  # the corrected command
 
 
 def test_mistakes_in_the_options_are_refused_before_any_work(tmp_path):

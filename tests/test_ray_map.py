@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from glipv2.pipeline import ray_map
 from glipv2.pipeline.errors import ConfigError, DataError, PoisonItemError
 from glipv2.pipeline.ray_cluster import start_ray
 from glipv2.pipeline.ray_map import map_in_process, map_on_ray, note
@@ -42,6 +43,18 @@ def make_reporter(folder: str) -> Callable[[int], int]:
     return lambda item: os.getpid()
 
 
+def make_noting(folder: str) -> Callable[[int], int]:
+    """A worker that tells how far it is."""
+
+    def work(item: int) -> int:
+        for step in range(20):
+            note((item, step))
+            time.sleep(0.02)
+        return item
+
+    return work
+
+
 def ship(make: Callable[..., object], folder: Path) -> Callable[[], object]:
     import ray.cloudpickle
 
@@ -65,6 +78,23 @@ def test_an_item_that_keeps_killing_workers_is_named_after_all_others_are_done(
         for item, _ in map_on_ray(ship(make_squarer, tmp_path), [1, 13, 2], num_actors=1):  # type: ignore[arg-type]
             done.append(item)
     assert sorted(done) == [1, 2]
+
+
+def test_how_far_items_are_is_heard_while_they_are_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_map, "LOOK_S", 0.03)
+    heard: list[tuple[int, int]] = []
+    make = ship(make_noting, tmp_path)
+    ended = [item for item, _ in map_on_ray(make, [1, 2], num_actors=1, watch=heard.extend)]  # type: ignore[arg-type]
+    assert sorted(ended) == [1, 2]
+    assert heard == sorted(heard) and {1, 2} == {item for item, _ in heard}
+    assert len(set(heard)) > 8
+    own: list[tuple[int, int]] = []
+    assert dict(map_in_process(partial(make_noting, ""), [3], own.extend)) == {3: 3}
+    assert own == [(3, step) for step in range(20)]
+    note("nobody hears this")
+    assert len(own) == 20
 
 
 def test_an_error_of_the_worker_is_raised_with_its_own_type(tmp_path: Path) -> None:

@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-from glipv2.pipeline.runlog import LossLog, read_losses
+from glipv2.pipeline.runlog import StepLog, read_losses
 
 
 def test_resuming_drops_the_lines_after_the_checkpoint_and_a_half_written_one(
     tmp_path: Path,
 ) -> None:
-    log = LossLog(str(tmp_path), 0)
+    log = StepLog(str(tmp_path), 0)
     for step in range(5):
         log.append(step, {"loss": 1.0 / 3 + step})
     with open(tmp_path / "losses.jsonl", "ab") as file:
         file.write(b'{"step": 5, "lo')
     assert [entry["step"] for entry in read_losses(str(tmp_path))] == [0, 1, 2, 3, 4]
-    resumed = LossLog(str(tmp_path), 3)
+    resumed = StepLog(str(tmp_path), 3)
     resumed.append(3, {"loss": 7.0})
     assert [(e["step"], e["loss"]) for e in read_losses(str(tmp_path))] == [
         (0, 1.0 / 3), (1, 1.0 / 3 + 1), (2, 1.0 / 3 + 2), (3, 7.0),
@@ -22,7 +22,7 @@ def test_resuming_drops_the_lines_after_the_checkpoint_and_a_half_written_one(
 
 
 def test_an_object_store_gets_the_whole_log_at_each_flush() -> None:
-    log = LossLog("memory://runlog/run", 0)
+    log = StepLog("memory://runlog/run", 0)
     log.append(0, {"loss": 1.0})
     assert read_losses("memory://runlog/run") == []
     log.flush()

@@ -17,7 +17,7 @@ from glipv2.jobs.stages import stage, stage_seconds
 from glipv2.pipeline.config_loader import load_config
 from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.run_settings import note_settings
-from glipv2.pipeline.runlog import LossLog, read_losses
+from glipv2.pipeline.runlog import StepLog, read_losses
 
 RECIPE = "infra/recipes/quickstart.yaml"
 HANGS = """
@@ -100,7 +100,7 @@ def test_other_failures_of_the_system_are_not_taken_for_a_full_disk(
 def test_a_damaged_line_in_the_middle_of_the_losses_is_named(
     tmp_path: Path, damaged: bytes
 ) -> None:
-    log = LossLog(str(tmp_path), 0)
+    log = StepLog(str(tmp_path), 0)
     for step in range(3):
         log.append(step, {"loss": 1.0})
     path = tmp_path / "losses.jsonl"

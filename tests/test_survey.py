@@ -14,7 +14,7 @@ from sample_records import CATEGORIES, jpeg, record
 from glipv2.jobs import cli
 from glipv2.jobs.stats import survey_set
 from glipv2.jobs.survey import Frequent, Survey, Tally
-from glipv2.pipeline.records import Region
+from glipv2.pipeline.records import Question, Region
 from glipv2.pipeline.shards import iterate_records, open_shard_set, write_shard_set
 
 WORDS = ("a", "red", "square", "beside", "two", "large", "blue", "circles", "and", "one", "ring")
@@ -131,6 +131,34 @@ def test_parts_in_any_order_merge_to_the_whole():
     assert found == expected
 
 
+def test_questions_and_captions_are_counted():
+    answers = (("Two", "2", "a dog"), ("yes",), ())
+
+    def asked(n):
+        return tuple(
+            Question(id=f"{k}", text="how " * (k + n + 1), answers=answers[k % 3])
+            for k in range(1 + n)
+        )
+
+    records = [
+        record(n, task="vqa", caption="", regions=(), questions=asked(n)) for n in range(4)
+    ] + [
+        record(n, task="captioning", regions=(), caption="cat", captions=("cat", "a cat " * n))
+        for n in range(4, 8)
+    ]
+    parts = [Survey(), Survey()]
+    for n, rec in enumerate(records):
+        parts[n % 2].add(rec)
+    parts[0].merge(parts[1])
+    figures = parts[0].figures()
+    words = [k + n + 1 for n in range(4) for k in range(1 + n)]
+    assert figures["question_words"]["number"] == len(words) == 10
+    assert figures["question_words"]["mean"] == np.mean(words)
+    agreed = [("2", "yes")[k % 3] for n in range(4) for k in range(1 + n) if k % 3 < 2]
+    assert figures["answers"] == Counter(agreed)
+    assert figures["caption_words"]["histogram"] == [[1, 4], [8, 1], [10, 1], [12, 1], [14, 1]]
+
+
 def test_bars_count_every_value_once_and_join_outsiders_to_the_end_bins():
     rng = np.random.default_rng(1)
     values = (rng.integers(0, 1001, 5000) / 1000).tolist()
@@ -185,6 +213,23 @@ def test_stats_prints_the_figures_and_writes_them(url, tmp_path, capsys):
     expected = [90, np.mean(boxes), 0, *middle, max(boxes)]
     assert row.split()[4:] == [f"{value:.4g}" for value in expected]
     assert f"  {CATEGORIES[0]} " in text
+
+
+def test_sets_of_questions_and_captions_say_how_many_there_are(tmp_path, capsys):
+    asked = [Question(id=f"{n}", text="What is it?", answers=("a dog", "dog")) for n in range(3)]
+    kinds = [
+        {"task": "vqa", "caption": "", "questions": tuple(asked)},
+        {"task": "captioning", "caption": "a dog", "captions": ("a dog", "a brown dog")},
+    ]
+    records = [record(n, regions=(), **kind) for n, kind in enumerate(kinds)]
+    url, out = str(tmp_path / "set"), tmp_path / "figures.json"
+    write_shard_set(url, records, CATEGORIES, {})
+    assert cli.main(["stats", url, "--json", str(out)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    for line in ("questions   3", "answers     6", "captions    2", "boxes       none"):
+        assert line in shown
+    assert not any(line.startswith("masks") for line in shown)
+    assert json.loads(out.read_text())["texts"] == {"questions": 3, "answers": 6, "captions": 2}
 
 
 def test_unreadable_samples_are_counted_and_left_out(tmp_path, capsys):

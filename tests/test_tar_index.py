@@ -102,6 +102,14 @@ def test_a_tar_that_is_cut_off_gives_what_comes_before(tars):
     assert any("00001.tar at byte" in json.loads(line)["where"] for line in lines)
 
 
+def test_an_index_of_nothing_leaves_the_tars(tars, tmp_path):
+    for path in tars.glob("*.tar"):
+        path.write_bytes(b"\0" * 10_240)
+    before = contents(tars)
+    assert main(["prepare", "webdataset", "--root", str(tars), "--index-only"]) == 2
+    assert contents(tars) == before and not list((tars / "commits").iterdir())
+
+
 def test_mistakes_are_named(tars, tmp_path, capsys):
     root = ["prepare", "webdataset", "--root", str(tars)]
     assert main(root) == 2

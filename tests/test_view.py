@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def page_of(tmp_path):
         view.view(url, str(tmp_path / "page.html"), count, 0, wanted=wanted, **options)
         return shown(tmp_path / "page.html")
 
+    make.url = tmp_path / "some_set"
     return make
 
 
@@ -175,6 +177,17 @@ def test_what_no_sample_has_is_refused_with_what_there_is(page_of):
         page_of(MIXED, Wanted(min_score=0.5, max_score=0.4))
     with pytest.raises(DataError, match="--keys"):
         page_of(MIXED, Wanted(sources=("web",)), keys=["p-1"])
+
+
+def test_scores_are_not_asked_of_a_set_that_has_none(page_of):
+    given = [labelled(f"p-{n}", "web", 1.0, 1.0) for n in range(3)]
+    for records in (given, [labelled("p-0", "web")]):  # boxes of people, no boxes
+        for wanted in (Wanted(min_score=0.5), Wanted(max_score=0.9)):
+            with pytest.raises(DataError, match=f"has no scores .* the {len(records)} samples"):
+                page_of(records, wanted)
+            shutil.rmtree(page_of.url)
+    some = [*given, labelled("p-9", "web", 0.35)]
+    assert keys_shown(page_of(some, Wanted(min_score=0.95))) == ["p-0", "p-1", "p-2"]
 
 
 def left_by(page, option):

@@ -180,6 +180,9 @@ def test_what_the_user_named_must_be_there(tmp_path):
     folder.mkdir()
     with pytest.raises(DataError, match="nowhere does not exist"):
         opened(tmp_path / "nowhere", folder)
+    with pytest.raises(DataError, match="annotation folder .*xml is empty"):
+        opened(folder, folder)
+    (folder / "one.txt").write_text("")
     with pytest.raises(DataError, match="no .xml file to read in .*xml"):
         opened(folder, folder)
     (folder / "one.xml").write_text(xml())

@@ -56,8 +56,10 @@ def test_the_command_makes_what_the_loader_reads(sets, tmp_path, capsys):
 
 
 def test_mistakes_are_named(sets, tmp_path):
-    with pytest.raises(DataError, match="no set has the category 'telly'"):
-        vocabulary_of(sets.values(), [["tv", "telly"]])
+    with pytest.raises(DataError, match="'televisions'; the nearest there are television$"):
+        vocabulary_of(sets.values(), [["tv", "televisions"]])
+    with pytest.raises(DataError, match="no set has the category 'xyz'; check its spelling"):
+        vocabulary_of(sets.values(), [["tv", "xyz"]])
     with pytest.raises(DataError, match="'tv' is in two groups"):
         vocabulary_of(sets.values(), [["tv", "dog"], ["tv", "man"]])
     url = str(tmp_path / "vocabulary.json")

@@ -6,6 +6,7 @@ from PIL import Image
 
 from glipv2.data_prep.reasons import Dropped
 from glipv2.data_prep.sources import open_source
+from glipv2.jobs.cli import main
 from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.errors import ConfigError, DataError
 
@@ -16,6 +17,25 @@ def jpeg(size=(40, 30)):
     buffer = io.BytesIO()
     Image.new("RGB", size, (90, 120, 30)).save(buffer, "JPEG")
     return buffer.getvalue()
+
+
+def test_the_closing_table_counts_questions_and_answers(folder, capsys):
+    answered = annotations({1: ["a dog", "dog"], 2: ["a cat", "cat"]})
+    opened(folder, questions(asked(42, 1), asked(42, 2)), answered)
+    files = [str(folder / "0.json"), str(folder / "1.json")]
+    words = ["prepare", "vqav2", "--images", str(folder / "img"), "--out", str(folder / "set")]
+    assert main([*words, "--annotations", *files]) == 0
+    assert "set: 1 sample, 2 questions, 4 answers, 1 shard, " in capsys.readouterr().out
+    assert main([*words, "--annotations", *files]) == 0
+    assert "1 sample is there already" in capsys.readouterr().out
+    out = str(folder / "answers.txt")
+    assert main(["prepare", "answers", str(folder / "set"), "--least", "1", "--out", out]) == 0
+    assert "2 answers, which 100.0% of 2 questions agree on" in capsys.readouterr().out
+    opened(folder, questions(asked(42, 1)))
+    words[-1] = str(folder / "test")
+    assert main([*words, "--annotations", files[0]]) == 0
+    assert main(["prepare", "answers", str(folder / "test"), "--out", out]) == 2
+    assert "none of 1 question has an answer" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -342,8 +342,19 @@ def test_what_the_user_named_must_be_there(tmp_path):
         read(tmp_path)
 
 
+def test_a_field_that_no_json_has_is_refused_at_once(tmp_path):
+    members = [*sample("0"), ("0.json", '{"caption": "x", "url": "y"}'), *sample("1")]
+    broken = [*sample("2"), ("2.json", "{")]
+    (tmp_path / "a.tar").write_bytes(tar(*members, *broken))
+    message = r"JSON: none of 2 rows has the field 'title'; there are caption, url$"
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, caption_field="title")
+    records, dropped = read(tmp_path, caption_field="url")
+    assert captions(records) == ["y"] and dropped == {"text_missing": 1, "row_unreadable": 1}
+
+
 def test_another_size_or_field_is_other_content(tmp_path):
-    (tmp_path / "a.tar").write_bytes(WHOLE)
+    (tmp_path / "a.tar").write_bytes(tar(*sample("0"), ("0.json", '{"alt": "a cat"}')))
     options = {"source": "webdataset", "root": str(tmp_path)}
     before = open_source(PrepareConfig(**options)).content
     assert open_source(PrepareConfig(**options)).content == before

@@ -1,4 +1,5 @@
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -209,6 +210,27 @@ def test_splits_are_found_however_data_yaml_says_it(tmp_path, files, lines, spli
     assert [region.phrase for region in record.regions] == ["no"]
 
 
+def test_without_a_split_the_only_one_there_is_taken(tmp_path):
+    lines = "train: ../train/images\nval: ../valid/images\nnames: [cat, dog]"
+    write(tmp_path, ROBOFLOW | {"data.yaml": lines})
+    with pytest.raises(DataError, match=r"several splits; .*: train \(1\), val \(1\)"):
+        read(root=str(tmp_path))
+    shutil.rmtree(tmp_path / "valid")
+    (record,), _ = read(root=str(tmp_path))
+    assert record.provenance["file"] == "train/images/a.jpg"
+    with pytest.raises(DataError, match=r"no images below .* for split 'val'; .*: train \(1\)$"):
+        read(root=str(tmp_path), split="val")
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(DataError, match=r"any split \(it names train \.\./train/images, val"):
+        read(root=str(tmp_path))
+
+
+def test_splits_of_the_same_images_are_no_choice(tmp_path):
+    files = {"images/a.jpg": jpeg(), "labels/a.txt": "0 .5 .5 .2 .2"}
+    write(tmp_path, files | {"data.yaml": "train: images\nval: images\nnames: [cat]"})
+    assert len(read(root=str(tmp_path))[0]) == 1
+
+
 def test_a_list_of_images_may_be_of_another_machine(tmp_path):
     lines = [
         "./images/val/b.jpg",
@@ -282,17 +304,20 @@ def test_yaml_never_makes_objects(tmp_path):
 def test_what_the_user_named_must_be_there(tmp_path):
     folder = str(tmp_path / "img")
     for options, error, message in [
-        ({}, ConfigError, "needs root .* and split, or images and annotations"),
+        ({}, ConfigError, "needs root .*, or images and annotations"),
         ({"images": (folder,)}, ConfigError, "needs root .*or images and annotations"),
         ({"root": folder, "images": (folder,)}, ConfigError, "either root, or images"),
         ({"root": folder}, DataError, "YOLO folder .*img does not exist"),
-        ({"root": str(tmp_path)}, DataError, "holds no data.yaml; give"),
+        ({"root": str(tmp_path)}, DataError, "YOLO folder .* is empty"),
     ]:
         with pytest.raises(error, match=message):
             read(**options)
-    write(tmp_path, ULTRALYTICS | {"data.yaml": "train: images/train\nnames: [cat, dog]"})
-    for split in ("test", "", "../train"):
-        with pytest.raises(DataError, match=r"no images below .*\(it names train\)"):
+    write(tmp_path, ULTRALYTICS)
+    with pytest.raises(DataError, match="holds no data.yaml; give"):
+        read(root=str(tmp_path))
+    write(tmp_path, {"data.yaml": "train: images/train\nnames: [cat, dog]"})
+    for split in ("test", "../train"):
+        with pytest.raises(DataError, match=r"for split '.*with images: train \(1\), val \(1\)"):
             read(root=str(tmp_path), split=split)
     write(tmp_path, {"img/a.jpg": jpeg(), "lab/classes.txt": "cat\n\ndog"})
     options = {"images": (folder,), "annotations": (str(tmp_path / "lab"),)}
@@ -301,9 +326,9 @@ def test_what_the_user_named_must_be_there(tmp_path):
     write(tmp_path, {"lab/classes.txt": "cat"})
     with pytest.raises(DataError, match="none of the 1 images has a label file in .*lab"):
         read(**options)
-    (tmp_path / "lab" / "classes.txt").unlink()
+    (tmp_path / "lab" / "classes.txt").rename(tmp_path / "lab" / "a.names")
     with pytest.raises(DataError, match="no classes.txt in .*lab or beside it"):
         read(**options)
-    (tmp_path / "img" / "a.jpg").unlink()
+    (tmp_path / "img" / "a.jpg").rename(tmp_path / "img" / "a.md")
     with pytest.raises(DataError, match="no image in .*img"):
         read(**options)

@@ -1,0 +1,243 @@
+"""What a labelling refuses, estimates and says; its workers run in this process."""
+
+import json
+import logging
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from page_parser import shown
+
+from glipv2.data_prep.noun_phrases import noun_phrases
+from glipv2.jobs import label_estimate, view
+from glipv2.jobs.label import label
+from glipv2.jobs.label_estimate import Sample, print_estimate
+from glipv2.jobs.label_plan import make_plan
+from glipv2.jobs.label_report import Shown
+from glipv2.jobs.prepare import prepare_set
+from glipv2.model.config import preset
+from glipv2.model.glip import build_model
+from glipv2.model.grounder import Grounder
+from glipv2.model.tokenizer import Tokenizer, tiny_vocab
+from glipv2.model.weights import model_files
+from glipv2.pipeline import ray_map
+from glipv2.pipeline.config import PrepareConfig
+from glipv2.pipeline.config_loader import load_config
+from glipv2.pipeline.errors import ConfigError, DataError
+from glipv2.pipeline.images import decode_image
+from glipv2.pipeline.shard_format import ShardInfo
+from glipv2.pipeline.shard_reader import iterate_records, open_shard_set
+
+PAIRS, SHARDS = 12, 3
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    def mapped(make_worker, items, **_):
+        return ray_map.map_in_process(make_worker, items)
+
+    monkeypatch.setattr(ray_map, "map_on_ray", mapped)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pairs, and a teacher with random weights that is sure of itself."""
+    folder = tmp_path_factory.mktemp("plan")
+    options = PrepareConfig(source="toy", set="toy_pairs", count=PAIRS, size=64, seed=1)
+    prepare_set(str(folder / "pairs"), options, samples_per_shard=PAIRS // SHARDS)
+    model = build_model(preset("tiny"), seed=0)
+    torch.nn.init.zeros_(model.alignment_head.bias0)
+    tokenizer = Tokenizer.from_vocab(tiny_vocab(), model.config.text_encoder.max_tokens)
+    (folder / "teacher").mkdir()
+    for name, data in model_files(model, tokenizer).items():
+        (folder / "teacher" / name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    """Of a labelling of the pairs into OUT of the test's own folder, with overrides."""
+
+    def make(*overrides):
+        settings = {
+            "teacher": str(folder / "teacher"),
+            "inputs": {str(folder / "pairs"): str(tmp_path / "out")},
+            "score_threshold": 0.3,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "label": settings}))
+        return load_config(str(path), list(overrides))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["score_threshold=1.5", "score_threshold=-0.1", "score_threshold=.nan", "cross_phrase_nms=1.01",
+     "cross_phrase_nms=-1", "gpus_per_actor=-1", "cpus_per_actor=-0.5"],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused_by_name(config, setting):
+    with pytest.raises(ConfigError, match=f"label.{setting.partition('=')[0]} must be "):
+        config(f"label.{setting}")
+
+
+def test_an_output_set_that_is_used_twice_is_refused(config, folder, tmp_path):
+    for twice in ("pairs", "other"):
+        inputs = {str(folder / "pairs"): str(folder / twice), "data/more": str(folder / "other")}
+        with pytest.raises(ConfigError, match=rf"label.inputs names .*{twice} twice"):
+            label(config(f"label.inputs={json.dumps(inputs)}"))
+    assert not (folder / "pairs" / "label.json").exists()
+
+
+def test_a_teacher_that_is_not_trained_is_told_how_to_get_it(config, tmp_path):
+    for phases, cure in (({}, "or train first$"), ({"teacher": {}}, "--phase teacher$")):
+        asked = config("label.teacher=teacher")
+        with pytest.raises(DataError, match=r"^label.teacher: no checkpoint in .*" + cure):
+            make_plan(replace(asked, phases=phases))
+
+
+def test_a_claim_gives_way_until_a_shard_is_committed(config, tmp_path):
+    claim = tmp_path / "out" / "label.json"
+    claim.parent.mkdir()
+    claim.write_text('{"score_threshold": 1.5}')
+    label(config("label.max_boxes=3"))
+    assert json.loads(claim.read_text())["max_boxes"] == 3
+    before = claim.read_bytes()
+    with pytest.raises(ConfigError, match="max_boxes: 3 there, 4 now"):
+        label(config("label.max_boxes=4"))
+    assert claim.read_bytes() == before
+
+
+def test_shards_of_unknown_making_are_not_taken_for_labelled_ones(config, tmp_path):
+    label(config())
+    claim = tmp_path / "out" / "label.json"
+    mine = claim.read_bytes()
+    claim.unlink()
+    with pytest.raises(ConfigError, match="out holds shards but no label.json"):
+        label(config())
+    assert not claim.exists()
+    # as if two commands with other settings had claimed the set at once, and this one last
+    there = make_plan(config("label.max_boxes=4")).deciding
+    claim.write_text(json.dumps({**json.loads(mine), **there}))
+    with pytest.raises(ConfigError, match="shard-000000 was labelled with other settings, at the"):
+        label(config("label.max_boxes=4"))
+
+
+def best_score(folder):
+    """The highest score of any phrase of the pairs, asked one by one."""
+    grounder = Grounder.load(folder / "teacher")
+    best = 0.0
+    for record in iterate_records(str(folder / "pairs")):
+        spans = [[(p.start, p.end)] for p in noun_phrases(record.caption)]
+        if spans:
+            [found] = grounder.ground([decode_image(record.image)], [(record.caption, spans)])
+            best = max(best, *found.scores_K.tolist())
+    return best
+
+
+@pytest.mark.parametrize("keep_empty", [False, True])
+def test_a_set_without_boxes_is_told_with_the_best_score_and_still_opens(
+    config, folder, tmp_path, caplog, keep_empty
+):
+    best = best_score(folder)
+    assert 0.3 < best < 0.999
+    with caplog.at_level(logging.WARNING):
+        said = label(config("label.score_threshold=0.999", f"label.keep_empty={keep_empty}"))
+    out = str(tmp_path / "out")
+    [warning] = [r.getMessage() for r in caplog.records if r.name == "glipv2.jobs.label"]
+    assert f"{out}: no box for any of {PAIRS} pairs: the best score was " in warning
+    told = re.search(r"best score was ([\d.]+), label.score_threshold is 0.999", warning)
+    assert float(told[1]) == pytest.approx(best, abs=1e-4)
+    assert "choose another output set or delete" in warning
+    kept = PAIRS if keep_empty else 0
+    assert f"{out}: {kept} of {PAIRS} pairs kept" in said and " 0 boxes" in said
+    assert open_shard_set(out).samples == kept == len(list(iterate_records(out)))
+    view.view(out, str(tmp_path / "page.html"), 5, 0)
+    page = shown(tmp_path / "page.html")
+    assert ("The set has no samples." in page.text) != keep_empty
+
+
+def test_captions_without_phrases_are_told_apart(config, folder, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        label(config("label.phrases.min_length=60"))
+    assert "no caption has a phrase to look for" in caplog.text
+    assert f"glipv2 view {folder / 'pairs'}" in caplog.text
+
+
+def test_the_last_line_has_the_totals_of_the_whole_set_after_a_restart(config, tmp_path, capsys):
+    out = tmp_path / "out"
+    first = label(config())
+    records = list(iterate_records(str(out)))
+    boxes = sum(len(record.regions) for record in records)
+    assert 0 < len(records) <= PAIRS < boxes
+    kept = f"{out}: {len(records)} of {PAIRS} pairs kept ({len(records) / PAIRS:.1%}), "
+    totals = f"{kept}{boxes} boxes, {boxes / len(records):.1f} per image; "
+    assert first.startswith(f"{totals}this run: {PAIRS} pairs in ")
+    assert first.endswith(f"\nlook at them: glipv2 view {out} --out out.html")
+    assert label(config()).startswith(f"{totals}nothing was left to do")
+    for name in ("dataset.json", "commits/shard-000001.json"):
+        (out / name).unlink()
+    capsys.readouterr()
+    again = label(config())
+    assert again.startswith(f"{totals}this run: {PAIRS // SHARDS} pairs in ")
+    assert re.search(r", [\d.]+ a second", again)
+    bar = capsys.readouterr().err
+    done = PAIRS - PAIRS // SHARDS
+    assert f"{done}/{PAIRS}" in bar and "starting a worker" in bar
+    assert f"{boxes / len(records):.1f} boxes per image" in bar.rpartition("\r")[2]
+
+
+def test_the_bar_says_what_it_waits_for_and_then_what_is_kept_of_everything(capsys):
+    def shard(pairs, images, boxes):
+        counts = {"pairs": pairs, "images": images, "boxes": boxes}
+        return ShardInfo(
+            name="s", samples=images, bytes=0, crc32c="", commit_crc32c="", stats={"counts": counts}
+        )
+
+    live = Shown("web", 40, [shard(10, 10, 100)], workers=3)
+    assert "starting up to 3 workers" in capsys.readouterr().err
+    live.update(shard(30, 0, 0))
+    live.close()
+    last = capsys.readouterr().err.rpartition("\r")[2]
+    assert "40/40" in last and "10.0 boxes per image, 25.0% kept" in last
+    assert "out: 10 of 40 pairs kept (25.0%), 100 boxes, 10.0 per image" in live.closing_lines(
+        "out"
+    )
+
+
+def test_a_dry_run_tells_the_sample_it_took(config, tmp_path, capsys):
+    assert print_estimate(config(), price=0.0) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"sample: (\d+) pairs at ([\d.]+) a second on one worker, ", said)
+    assert int(found[1]) == PAIRS // SHARDS  # of the first shard, which has no more
+    assert re.search(r"start: \d+ s until a worker is ready", said)
+    assert f"left: {PAIRS} pairs" in said and "0.00" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("pair_s", "start_s", "actors", "expected"),
+    [
+        # 12 pairs in 3 shards: all by one worker; start + a share each; 3 starts cost as well
+        (2.0, 10.0, 2, ("24 s of work", "about 22 s with 2 like", "cost: 0.12 at 10")),
+        (2.0, 10.0, 9, ("24 s of work", "about 18 s with 3 like", "cost: 0.15 at 10")),
+        (100.0, 60.0, 1, ("20 min 00 s of work", "about 21 min 00 s with 1", "cost: 3.50 at 10")),
+        (3600.0, 0.0, 1, ("12 h 00 min of work", "about 12 h 00 min with 1", "cost: 120.00 at")),
+    ],
+)
+def test_the_estimate_adds_starts_and_shares_of_the_work(
+    config, monkeypatch, capsys, pair_s, start_s, actors, expected
+):
+    sample = Sample(pairs=4, images=3, boxes=6, start_s=start_s, pair_s=pair_s)
+    monkeypatch.setattr(label_estimate, "timed", lambda *_: sample)
+    print_estimate(config(f"label.num_actors=[1,{actors}]"), price=10)
+    said = capsys.readouterr().out
+    assert "75% kept, 2.0 boxes each" in said
+    assert all(part in said for part in expected), said

@@ -12,6 +12,7 @@ import torch
 import webdataset
 from bench_damage import bench_damage
 from bench_data import bench_data
+from bench_engine import bench_engine
 from bench_label import bench_label
 from bench_measure import row, seconds
 from bench_model import bench_model
@@ -33,6 +34,7 @@ def main() -> None:
     bench_attention()
     bench_losses()
     bench_model()
+    bench_engine()
     bench_shards()
     bench_data()
     bench_damage()

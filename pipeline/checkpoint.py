@@ -1,12 +1,14 @@
 """Checkpoints under a commit rule: a step exists when its COMMIT.json does and every file fits it.
 
-RUN/checkpoints/step-000200/{model.safetensors, config.json, vocab.txt, optimizer.safetensors,
-trainer.json, COMMIT.json}. The first three are the exchange format: any step's folder can be given
-to `glipv2 ground` or be a teacher.
+RUN/checkpoints/step-000200/{model.safetensors, config.json, vocab.txt, trainer.json, COMMIT.json,
+and of every rank state-ATTEMPT-RANK.safetensors}. The first three are the exchange format: any
+step's folder can be given to `glipv2 ground` or be a teacher. `saver` writes them.
 """
 
 import json
 import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glipv2.model import folders
@@ -20,55 +22,78 @@ if TYPE_CHECKING:  # the launcher looks for checkpoints without loading torch
 
 log = logging.getLogger(__name__)
 
-
-def save_checkpoint(run_dir: str, step: int, files: dict[str, bytes]) -> str:
-    """Write the files, then the commit record that makes them a checkpoint; returns its URL.
-
-    Only the main rank calls it. Files of an earlier attempt that never committed are overwritten.
-    """
-    url = storage.join(run_dir, "checkpoints", step_name(step))
-    write_folder(url, files, step)
-    return url
+Listed = tuple[int, str]
+"""Bytes and crc32c of a file."""
 
 
-def write_folder(url: str, files: dict[str, bytes], step: int) -> None:
-    """Write files, then the commit record that lists them with size and checksum."""
-    for name, data in files.items():
-        storage.write_bytes(storage.join(url, name), data)
-    listed = {
-        name: {"bytes": len(data), "crc32c": storage.crc32c(data)} for name, data in files.items()
-    }
-    commit = json.dumps({"step": step, "files": listed}, indent=1, sort_keys=True)
-    storage.write_bytes(storage.join(url, COMMIT), commit.encode())
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the commit record of a step says."""
+
+    url: str
+    step: int
+    files: Mapping[str, Listed]
+
+    def file(self, name: str) -> str:
+        return storage.join(self.url, name)
+
+    def read(self, name: str) -> bytes:
+        """A whole file, checked. Raises DataError naming it when it is missing or altered."""
+        if name not in self.files:
+            raise DataError(f"checkpoint {self.url} has no {name}")
+        data = storage.read_bytes(self.file(name))
+        self._check(name, (len(data), storage.crc32c(data)))
+        return data
+
+    def verify(self, names: Sequence[str]) -> list[str]:
+        """What is wrong with these files, read piece by piece."""
+        problems = []
+        for name in names:
+            try:
+                url = self.file(name)
+                self._check(name, (storage.size(url), storage.file_crc32c(url)))
+            except DataError as error:
+                problems.append(str(error))
+        return problems
+
+    def _check(self, name: str, found: Listed) -> None:
+        if found != self.files[name]:
+            size, checksum = self.files[name]
+            raise DataError(
+                f"{self.file(name)} differs from its commit record (expected {size} bytes, crc "
+                f"{checksum}); use another step"
+            )
 
 
-def read_checkpoint(url: str, names: tuple[str, ...] | None = None) -> dict[str, bytes]:
-    """The named files (all of them by default), each checked against the commit record.
-
-    Raises DataError naming the file when one is missing or altered.
-    """
+def open_checkpoint(url: str) -> Checkpoint:
+    """Raises DataError when there is none at `url`, or its commit record is damaged."""
     commit_url = storage.join(url, COMMIT)
     if not storage.exists(commit_url):
         raise DataError(f"{url} is not a committed checkpoint: it has no {COMMIT}")
     try:
-        listed = {
-            name: (int(entry["bytes"]), str(entry["crc32c"]))
-            for name, entry in json.loads(storage.read_bytes(commit_url))["files"].items()
+        record = json.loads(storage.read_bytes(commit_url))
+        files = {
+            str(name): (int(entry["bytes"]), str(entry["crc32c"]))
+            for name, entry in record["files"].items()
         }
+        return Checkpoint(url, int(record["step"]), files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{commit_url} is damaged: {error}; use another step") from error
-    files = {}
-    for name in names or tuple(listed):
-        if name not in listed:
-            raise DataError(f"checkpoint {url} has no {name}")
-        data = storage.read_bytes(storage.join(url, name))
-        if (len(data), storage.crc32c(data)) != listed[name]:
-            raise DataError(
-                f"{storage.join(url, name)} differs from its commit record (expected "
-                f"{listed[name][0]} bytes, crc {listed[name][1]}); use another step"
-            )
-        files[name] = data
-    return files
+
+
+def commit(url: str, step: int, files: Mapping[str, Listed]) -> bool:
+    """Make a step exist, once all its files are durable; False if another process did so first."""
+    listed = {name: {"bytes": size, "crc32c": crc} for name, (size, crc) in files.items()}
+    record = json.dumps({"step": step, "files": listed}, indent=1, sort_keys=True)
+    return storage.create_once(storage.join(url, COMMIT), record.encode())
+
+
+def write_folder(url: str, files: Mapping[str, bytes], step: int) -> None:
+    """Write a folder of files under the commit rule, in place of an earlier one."""
+    storage.delete(storage.join(url, COMMIT))
+    for name, data in files.items():
+        storage.write_bytes(storage.join(url, name), data)
+    commit(url, step, {n: (len(data), storage.crc32c(data)) for n, data in files.items()})
 
 
 def committed_steps(run_dir: str) -> list[int]:
@@ -76,20 +101,32 @@ def committed_steps(run_dir: str) -> list[int]:
     return folders.committed_steps(run_dir, storage.exists, storage.list_names)
 
 
-def newest_checkpoint(run_dir: str) -> tuple[str, dict[str, bytes]] | None:
-    """URL and files of the newest checkpoint that verifies; None if none was ever committed.
+def verify(checkpoint: Checkpoint) -> list[str]:
+    """What is wrong with any file of a checkpoint."""
+    return checkpoint.verify(tuple(checkpoint.files))
+
+
+def newest_checkpoint(
+    run_dir: str, problems_of: Callable[[Checkpoint], list[str]] = verify
+) -> Checkpoint | None:
+    """The newest checkpoint without problems; None if none was ever committed.
 
     Raises DataError when there are commits but none can be read: a run with checkpoints never
     starts over silently.
     """
-    problems = []
+    problems: list[str] = []
     for step in reversed(committed_steps(run_dir)):
         url = storage.join(run_dir, "checkpoints", step_name(step))
         try:
-            return url, read_checkpoint(url)
+            checkpoint = open_checkpoint(url)
+            found = problems_of(checkpoint)
         except DataError as error:
-            log.warning("skipping a checkpoint: %s", error)
-            problems.append(str(error))
+            found = [str(error)]
+        if not found:
+            return checkpoint
+        for problem in found:
+            log.warning("skipping a checkpoint: %s", problem)
+        problems += found
     if problems:
         raise DataError(
             f"{run_dir} has checkpoints but none can be read:\n  " + "\n  ".join(problems) +
@@ -117,7 +154,8 @@ def read_model(url: str, *others: str) -> dict[str, bytes]:
     there = (name for name in others if storage.exists(storage.join(url, name)))
     names = (*MODEL_FILES, *there)
     if storage.exists(storage.join(url, COMMIT)):
-        return read_checkpoint(url, names)
+        checkpoint = open_checkpoint(url)
+        return {name: checkpoint.read(name) for name in names}
     return {name: storage.read_bytes(storage.join(url, name)) for name in names}
 
 
@@ -146,9 +184,22 @@ def load_model(url: str) -> tuple["GLIPv2", "Tokenizer"]:
 
 
 def prune_checkpoints(run_dir: str, keep: int) -> None:
-    """Delete all but the newest `keep` committed steps; COMMIT.json goes first, so none is torn."""
-    for step in committed_steps(run_dir)[:-keep]:
-        folder = storage.join(run_dir, "checkpoints", step_name(step))
-        names = storage.list_names(folder)
-        for name in sorted(names, key=lambda name: name != COMMIT):
-            storage.delete(storage.join(folder, name))
+    """Delete all but the newest `keep` committed steps, and what older saves left unfinished.
+
+    COMMIT.json goes first, so no step is torn; half-written steps are never counted.
+    """
+    committed = committed_steps(run_dir)
+    for step in folders.begun_steps(run_dir, storage.list_names):
+        if step < committed[-1] and step not in committed[-keep:]:
+            folder = storage.join(run_dir, "checkpoints", step_name(step))
+            names = storage.list_names(folder)
+            for name in sorted(names, key=lambda name: name != COMMIT):
+                storage.delete(storage.join(folder, name))
+            storage.delete_empty(folder)
+
+
+def drop_unlisted(checkpoint: Checkpoint) -> None:
+    """Delete what attempts that never committed left in a step's folder."""
+    for name in storage.list_names(checkpoint.url):
+        if name not in checkpoint.files and name != COMMIT:
+            storage.delete(checkpoint.file(name))

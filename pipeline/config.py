@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 from glipv2.model.config import LossWeights, ModelConfig
 from glipv2.pipeline.errors import require
-from glipv2.pipeline.train_config import TUNED_PARTS, TrainConfig
+from glipv2.pipeline.train_config import (
+    TUNED_PARTS,
+    LogConfig,
+    ProfileConfig,
+    SuperviseConfig,
+    TrainConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +227,11 @@ class LabelConfig:
                  self.num_actors)  # fmt: skip
         require(0 < self.target_precision <= 1, "label.target_precision", "in (0, 1]",
                  self.target_precision)  # fmt: skip
+        for key in ("score_threshold", "cross_phrase_nms"):
+            value = getattr(self, key)
+            require(0 <= value <= 1, f"label.{key}", "between 0 and 1", value)
+        for key in ("gpus_per_actor", "cpus_per_actor"):
+            require(getattr(self, key) >= 0, f"label.{key}", "0 or more", getattr(self, key))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +268,9 @@ class RunConfig:
     """Shard set name -> how `glipv2 run` makes it under data.root."""
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -268,6 +282,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(self.rounds > 0, "rounds", "positive", self.rounds)
         require(self.seed >= 0, "seed", "0 or more", self.seed)
+        least = self.supervise.min_processes
+        require(least <= self.train.processes, "supervise.min_processes",
+                "at most train.processes", least)  # fmt: skip
         part = TUNED_PARTS[self.train.tune]
         if part is not None:
             value = getattr(self.model, part)

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch.distributed.nn.functional import all_gather
 
 from glipv2.model.batch import Collectives
 from glipv2.pipeline.launch import LAUNCHER
+from glipv2.pipeline.train_config import LONGEST_SECTION
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=5)
+COLLECTIVE_TIMEOUT = timedelta(seconds=LONGEST_SECTION + 600)
+"""The watch ends what hangs before, and leaves stacks; see `watch`."""
 
 
 def rank() -> int:
@@ -52,10 +55,21 @@ def die_with_parent() -> None:
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Average a tensor over ranks, without gradient; every rank must call it."""
     total = value.detach().clone()
+    _reach_collective()
     if world_size() > 1:
         dist.all_reduce(total)
         total /= world_size()
     return total
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on at least one rank; every rank must call it."""
+    if world_size() == 1:
+        return flag
+    _reach_collective()
+    flags = torch.tensor(float(flag), device=local_device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 def gather_with_grad(value: Tensor) -> Tensor:
@@ -65,6 +79,7 @@ def gather_with_grad(value: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return value
+    _reach_collective()
     return torch.cat(all_gather(value.contiguous()), dim=0)
 
 
@@ -82,6 +97,29 @@ def collectives() -> Collectives:
     if world_size() == 1:
         return Collectives()
     return Collectives(gather=gather_with_grad, mean=mean_over_ranks, rank=rank())
+
+
+_own_part: list[float] = []
+"""When the part began and, once it is over, when it ended (seconds)."""
+
+
+def begin_own_part() -> None:
+    """Time from now until this rank's next collective; see `straggler`."""
+    _own_part[:] = [time.monotonic()]
+
+
+def own_part() -> float:
+    """Seconds from `begin_own_part` to the first collective after it."""
+    _reach_collective()
+    began, ended = _own_part
+    return ended - began
+
+
+def _reach_collective() -> None:
+    if len(_own_part) == 1:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        _own_part.append(time.monotonic())
 
 
 def barrier() -> None:

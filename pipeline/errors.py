@@ -31,6 +31,14 @@ class PoisonItemError(UserError):
     """Items that killed their worker every time; all others are done."""
 
 
+class RankFailedError(Exception):
+    """A rank ended abnormally; the command can be run again and goes on from its checkpoint."""
+
+
+class PreemptedError(Exception):
+    """The run stopped as it was told to, after committing a checkpoint; run again, it goes on."""
+
+
 class BadSample(Exception):
     """One sample that can't be used; whoever reads it counts it, notes it and goes on."""
 

@@ -3,16 +3,15 @@
 import logging
 
 from glipv2.model.adaptation import adopt
+from glipv2.model.folders import MODEL_FILES
 from glipv2.model.glip import GLIPv2, build_model
 from glipv2.model.tokenizer import Tokenizer, tiny_vocab
 from glipv2.model.weights import model_from_files
-from glipv2.pipeline.checkpoint import load_model
+from glipv2.pipeline.checkpoint import Checkpoint, load_model
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import ConfigError
 
 log = logging.getLogger(__name__)
-Saved = tuple[str, dict[str, bytes]]
-"""URL and files of a checkpoint."""
 
 
 def random_model(config: RunConfig) -> tuple[GLIPv2, Tokenizer]:
@@ -21,18 +20,18 @@ def random_model(config: RunConfig) -> tuple[GLIPv2, Tokenizer]:
     return build_model(config.model, config.seed), tokenizer
 
 
-def initial_model(config: RunConfig, saved: Saved | None) -> tuple[GLIPv2, Tokenizer]:
+def initial_model(config: RunConfig, saved: Checkpoint | None) -> tuple[GLIPv2, Tokenizer]:
     """The model to train and its tokenizer: from the run's own checkpoint, else from `train.init`,
     else with random weights from the seed."""
     if saved is None and not config.train.init:
         return random_model(config)
     if saved is not None:
-        source, (model, tokenizer) = saved[0], model_from_files(saved[1])
+        model, tokenizer = model_from_files({name: saved.read(name) for name in MODEL_FILES})
     else:
         source = config.run_url(str(config.train.init))
         model, tokenizer = load_model(source)
-    if saved is None and model.config != config.model:
-        model = _continued(config, model, source)
+        if model.config != config.model:
+            model = _continued(config, model, source)
     return model.train(), tokenizer
 
 

@@ -42,16 +42,30 @@ MOST_LANES = 64
 class Loader:
     """Endless batches of one rank, from any position."""
 
-    def __init__(self, stream: Stream, prepare: "Preparation", data: DataConfig) -> None:
+    def __init__(
+        self, stream: Stream, prepare: "Preparation", data: DataConfig, accumulation: int = 1
+    ) -> None:
         self.stream = stream
         self.prepare = prepare
         self.data = data
+        self.accumulation = accumulation
 
     def start(self) -> Position:
         return self.stream.start()
 
     def batches(self, position: Position) -> Iterator[tuple[Batch, Position]]:
-        """This rank's share of each global batch after `position`, and the position after it."""
+        """This rank's share of each global batch after `position`, and the position after it.
+
+        Of a loader without accumulation, where a step's share is one batch.
+        """
+        for (batch,), after in self.steps(position):
+            yield batch, after
+
+    def steps(self, position: Position) -> Iterator[tuple[list[Batch], Position]]:
+        """This rank's micro-batches of each step after `position`, and the position after it.
+
+        Together they are its share of the global batch, in order; each is padded by itself.
+        """
         if self.data.workers:
             largest = 3 * max(self.data.short_sides) * self.data.long_side
             prepared = batches_from_workers(
@@ -59,9 +73,11 @@ class Loader:
             )
         else:
             prepared = self.stream.batches(position, self.prepare)
-        tokenizer = self.prepare.tokenizer
+        pad_id, max_tokens = self.prepare.tokenizer.pad_id, self.prepare.tokenizer.max_tokens
         for samples, after in prepared:
-            yield collate(samples, tokenizer.pad_id, tokenizer.max_tokens, self.data.pad_to), after
+            count = len(samples) // self.accumulation
+            parts = [samples[i : i + count] for i in range(0, len(samples), count)]
+            yield [collate(part, pad_id, max_tokens, self.data.pad_to) for part in parts], after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +189,11 @@ def build_loader(  # noqa: PLR0913 (a job names each of these)
     masks: bool = False,
     answers: Sequence[str] = (),
     captions: bool = False,
+    accumulation: int = 1,
 ) -> Loader:
     """The loader of one rank; `sets` are the opened shard sets that `data.mixture` names.
+
+    `accumulation` micro-batches make up a rank's share of a step, which they must divide.
 
     With `masks`, batches hold those of the regions' masks that the records know. `answers` and
     `captions` are the model's: sets of questions need the former, sets of captions the latter.
@@ -220,7 +239,7 @@ def build_loader(  # noqa: PLR0913 (a job names each of these)
         answers=answer_numbers(answers) if task == "vqa" else {},
     )
     stream = Stream(sets, data.mixture, config, rank, world_size, on_bad)
-    return Loader(stream, prepare, data)
+    return Loader(stream, prepare, data, accumulation)
 
 
 def lane_count(data: DataConfig, global_batch: int, world_size: int) -> int:

@@ -29,6 +29,11 @@ def bar(total: int | None, description: str, unit: str = "item", initial: int = 
     )
 
 
+def say(text: str) -> None:
+    """A line for the user, beside the bars."""
+    tqdm.write(text, file=sys.stderr)
+
+
 def progress(items: Iterable[Item], total: int | None, description: str) -> Iterator[Item]:
     """Yield the items while a bar counts them."""
     shown = bar(total, description)

@@ -10,8 +10,11 @@ from typing import Any
 from glipv2.pipeline.errors import ConfigError
 
 
-def start_ray(num_cpus: int) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start a private one on this machine."""
+def start_ray(num_cpus: int, show_workers: bool = False) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a private one on this machine.
+
+    With `show_workers` what they print appears here as well.
+    """
     existing = bool(os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not existing and "ray" not in sys.modules:
@@ -31,7 +34,11 @@ def start_ray(num_cpus: int) -> None:
     try:
         if existing:
             _reach(os.environ["RAY_ADDRESS"])
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, **({} if existing else own))
+        ray.init(
+            log_to_driver=show_workers,
+            logging_level=logging.WARNING,
+            **({} if existing else own),
+        )
     except (OSError, ValueError) as error:
         if not existing:
             raise

@@ -1,57 +1,166 @@
-"""What a run leaves behind while it trains: bar, loss log, checkpoints."""
+"""What a run leaves behind while it trains, and what its user sees: bar, logs, summary."""
 
-import json
 import os
-from typing import Any
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from safetensors.torch import save
+import torch
 
-from glipv2.model.tokenizer import Tokenizer
-from glipv2.model.weights import model_files
-from glipv2.pipeline import dist
-from glipv2.pipeline.checkpoint import prune_checkpoints, save_checkpoint
+from glipv2.model.batch import Batch
+from glipv2.pipeline import dist, storage
 from glipv2.pipeline.config import RunConfig
-from glipv2.pipeline.optimizer_state import full_state
-from glipv2.pipeline.position import Position, merge_positions
-from glipv2.pipeline.progress import bar
-from glipv2.pipeline.runlog import LossLog
+from glipv2.pipeline.flops import peak_flops
+from glipv2.pipeline.profiling import Profile
+from glipv2.pipeline.progress import bar, say
+from glipv2.pipeline.runlog import METRICS, StepLog
+from glipv2.pipeline.trackers import trackers
+
+SUMMARY = "pretrain.json"
+RECENT = 50
+"""Steps that the figures of the bar are averaged over."""
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Of one step of this rank."""
+
+    seconds: float
+    waited: float
+    """Seconds of it that were spent waiting for data."""
+    pixels: int
+    """That went through the model, padding included."""
+    operations: float | None = None
+    """Floating-point operations, if they were counted."""
+
+
+def step_times(
+    micro_batches: Sequence[Batch], seconds: float, waited: float, operations: float | None
+) -> StepTimes:
+    pixels = sum(batch.images_B3HW[:, 0].numel() for batch in micro_batches)
+    return StepTimes(seconds, waited, pixels, operations)
 
 
 class Recorder:
-    """What a run leaves behind while it trains: bar, loss log, checkpoints (main rank only)."""
+    """Of one run; only the main rank's does anything."""
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, first_step: int) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: RunConfig, first_step: int) -> None:
+        self.config = config
         self.main = dist.is_main()
-        if self.main:
-            name = os.path.basename(config.run_dir.rstrip("/"))
-            self.bar = bar(config.train.steps, f"pretrain {name}", "step", first_step)
-            self.losses = LossLog(config.run_dir, first_step)
-
-    def step(self, step: int, values: dict[str, float], seconds: float) -> None:
         if not self.main:
             return
-        self.losses.append(step, values)
-        rate = self.config.train.global_batch / max(seconds, 1e-9)
-        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {rate:.0f} img/s", refresh=False)
+        self.first_step, self.began = first_step, time.monotonic()
+        self.recent: deque[StepTimes] = deque(maxlen=RECENT)
+        self.recent_losses: deque[float] = deque(maxlen=RECENT)
+        self.seconds = self.waited = 0.0
+        self.noted = 0
+        self.operations_per_pixel = 0.0
+        self.peak = config.log.peak_tflops * 1e12 or peak_flops()
+        self.losses = StepLog(config.run_dir, first_step)
+        self.metrics = StepLog(config.run_dir, first_step, METRICS)
+        self.trackers = trackers(config, first_step)
+        self.profile = Profile(config.run_dir, config.profile)
+        name = os.path.basename(config.run_dir.rstrip("/"))
+        self.bar = bar(config.train.steps, f"pretrain {name}", "step", first_step)
+
+    def step(self, step: int, losses: dict[str, float], times: StepTimes) -> None:
+        """Note a step that updated the weights."""
+        if not self.main:
+            return
+        self.losses.append(step, losses)
+        self.recent.append(times)
+        self.recent_losses.append(losses["loss"])
+        self.noted += 1
+        self.seconds += times.seconds
+        self.waited += times.waited
+        if times.operations:
+            self.operations_per_pixel = times.operations / times.pixels
+        figures = self._figures()
+        self.bar.set_postfix_str(_line(losses, figures), refresh=False)
         self.bar.update(1)
+        if (step + 1) % self.config.log.every == 0:
+            self.metrics.append(step, {"time": round(time.time(), 1), **losses, **figures})
+            for tracker in self.trackers:
+                tracker.log(step, losses | figures)
+        self.profile.step()
 
-    def save(self, engine: Any, step: int, position: Position) -> None:
-        """Commit a checkpoint at `step`; every rank must call it."""
+    def _figures(self) -> dict[str, float]:
+        """Over the recent steps."""
+        seconds = max(1e-9, sum(times.seconds for times in self.recent))
+        figures = {
+            "images_per_second": len(self.recent) * self.config.train.global_batch / seconds,
+            "data_wait_share": sum(times.waited for times in self.recent) / seconds,
+            "memory_gb": memory_gb(),
+        }
+        if self.peak and self.operations_per_pixel:
+            done = self.operations_per_pixel * sum(times.pixels for times in self.recent)
+            figures["flops_utilisation"] = done / seconds / self.peak
+        return figures
 
-        weights, moments = full_state(engine)
-        positions = dist.gather_objects(position)
+    def flush(self) -> None:
+        """Make the logs so far durable, before a checkpoint that goes on from here."""
         if self.main:
             self.losses.flush()
-            trainer = {"step": step, "position": merge_positions(positions).to_dict()}
-            files = model_files(engine.module, self.tokenizer)
-            files["model.safetensors"] = save(weights)
-            files["optimizer.safetensors"] = save(moments)
-            files["trainer.json"] = json.dumps(trainer).encode()
-            save_checkpoint(self.config.run_dir, step, files)
-            prune_checkpoints(self.config.run_dir, self.config.train.keep_checkpoints)
-        dist.barrier()
+            self.metrics.flush()
+            for tracker in self.trackers:
+                tracker.flush()
 
-    def close(self) -> None:
-        if self.main:
-            self.bar.close()
+    def close(self, step: int) -> None:
+        """The end of a run, or of this start of it, after `step` steps."""
+        if not self.main:
+            return
+        self.bar.close()
+        self.flush()
+        for tracker in self.trackers:
+            tracker.close()
+        if self.recent:
+            self._summarise(step)
+
+    def _summarise(self, step: int) -> None:
+        """Say in a few words, and in RUN/pretrain.json, what this start of the run did."""
+        steps = step - self.first_step
+        found = {
+            "steps": steps,
+            "from_step": self.first_step,
+            "to_step": step,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "images_per_second": round(
+                steps * self.config.train.global_batch / max(1e-9, self.seconds), 2
+            ),
+            "data_wait_share": round(self.waited / max(1e-9, self.seconds), 4),
+            "memory_gb": round(memory_gb(), 2),
+            "left_out": steps - self.noted,
+            "loss": round(statistics.fmean(self.recent_losses or [0.0]), 4),
+        }
+        storage.write_json(storage.join(self.config.run_dir, SUMMARY), found)
+        utilisation = self._figures().get("flops_utilisation")
+        used = f", {utilisation:.1%} of the device's arithmetic" if utilisation else ""
+        say(
+            f"{self.config.run_dir}: steps {self.first_step} to {step} in "
+            f"{found['seconds']:.0f} s, {found['images_per_second']:.1f} img/s, "
+            f"{found['data_wait_share']:.1%} of the time waiting for data{used}, "
+            f"{found['memory_gb']:.1f} GB of memory, loss of the last "
+            f"{len(self.recent_losses)} steps {found['loss']:.3f}, {found['left_out']} left out"
+        )
+
+
+def memory_gb() -> float:
+    """The most memory that this rank has had: of its GPU, without one of the process (10^9 B)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status").read_text()  # ru_maxrss begins with that of the parent
+    kilobytes = next(line.split()[1] for line in status.splitlines() if "VmHWM" in line)
+    return int(kilobytes) * 1024 / 1e9
+
+
+def _line(losses: dict[str, float], figures: dict[str, float]) -> str:
+    terms = " ".join(f"{name} {value:.2f}" for name, value in losses.items() if name != "lr")
+    shown = [terms, f"{figures['images_per_second']:.0f} img/s"]
+    shown.append(f"data {figures['data_wait_share']:.0%}")
+    shown.append(f"{figures['memory_gb']:.1f} GB")
+    if "flops_utilisation" in figures:
+        shown.append(f"flops {figures['flops_utilisation']:.0%}")
+    return ", ".join(shown)

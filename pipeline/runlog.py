@@ -1,6 +1,7 @@
-"""RUN/losses.jsonl: one line per optimiser step, without clock times, so that runs can be compared.
+"""Logs of a run by step: RUN/losses.jsonl without clock times, so that runs can be compared, and
+RUN/metrics.jsonl with them.
 
-After a kill the log is cut back to the step that training resumes from.
+After a kill a log is cut back to the step that training resumes from.
 """
 
 import json
@@ -8,15 +9,16 @@ from typing import Any
 
 from glipv2.pipeline import storage
 
-LOSSES = "losses.jsonl"
+LOSSES, METRICS = "losses.jsonl", "metrics.jsonl"
 
 
-class LossLog:
+class StepLog:
     """Appended line by line on a local disk; an object store gets the whole file at `flush`."""
 
-    def __init__(self, run_dir: str, first_step: int) -> None:
-        self.url = storage.join(run_dir, LOSSES)
-        self.lines = [_line(e) for e in read_losses(run_dir) if e["step"] < first_step]
+    def __init__(self, run_dir: str, first_step: int, name: str = LOSSES) -> None:
+        self.url = storage.join(run_dir, name)
+        known = storage.read_json_lines(self.url)
+        self.lines = [_line(entry) for entry in known if entry["step"] < first_step]
         self.flush()
 
     def append(self, step: int, values: dict[str, float]) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,10 +79,33 @@ def write_bytes(url: str, data: bytes) -> None:
     """Create or replace a file in one act."""
     with _explained(url):
         if is_local(url):
-            with _local_attempt(url, data) as attempt:
+            with _local_attempt(url, [data]) as attempt:
                 os.replace(attempt, local_path(url))
             return
         object_store.write(url, data)
+
+
+def write_pieces(url: str, pieces: Iterable[bytes]) -> tuple[int, str]:
+    """Create or replace a file in one act, without all of it in memory: its size and checksum."""
+    size, checksum = 0, 0
+
+    def counted() -> Iterator[bytes]:
+        nonlocal size, checksum
+        for piece in pieces:
+            size, checksum = size + len(piece), google_crc32c.extend(checksum, piece)
+            yield piece
+
+    with _explained(url):
+        if is_local(url):
+            with _local_attempt(url, counted()) as attempt:
+                os.replace(attempt, local_path(url))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "file")
+                with open(path, "wb") as file:
+                    file.writelines(counted())
+                object_store.upload(path, url)
+    return size, f"{checksum:08x}"
 
 
 def read_json(url: str) -> Any:
@@ -131,7 +154,7 @@ def create_once(url: str, data: bytes) -> bool:
     with _explained(url):
         if not is_local(url):
             return object_store.create(url, data)
-        with _local_attempt(url, data) as attempt:
+        with _local_attempt(url, [data]) as attempt:
             try:
                 os.link(attempt, local_path(url))
             except FileExistsError:
@@ -146,7 +169,7 @@ def upload(path: str | Path, url: str) -> None:
         if not is_local(url):
             object_store.upload(str(path), url)
             return
-        with _local_attempt(url, b"") as attempt:
+        with _local_attempt(url, []) as attempt:
             shutil.copyfile(path, attempt)
             with open(attempt, "rb") as file:
                 os.fsync(file.fileno())
@@ -175,6 +198,13 @@ def delete(url: str) -> None:
             os.unlink(local_path(url))
         else:
             object_store.delete(url)
+
+
+def delete_empty(url: str) -> None:
+    """Remove a folder with nothing in it; object stores have no folders."""
+    if is_local(url):
+        with contextlib.suppress(OSError):
+            os.rmdir(local_path(url))
 
 
 def sizes(url: str) -> dict[str, int]:
@@ -239,14 +269,14 @@ def _scheme(url: str) -> str:
 
 
 @contextlib.contextmanager
-def _local_attempt(url: str, data: bytes) -> Iterator[str]:
+def _local_attempt(url: str, pieces: Iterable[bytes]) -> Iterator[str]:
     """A synced temporary file next to the target; gone afterwards unless it was renamed."""
     path = local_path(url)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     handle, attempt = tempfile.mkstemp(prefix=ATTEMPT, dir=os.path.dirname(path))
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(attempt, 0o644)  # mkstemp's 0600 would hide the result from other users

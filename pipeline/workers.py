@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from glipv2.pipeline import preemption
 from glipv2.pipeline.collate import Sample
 from glipv2.pipeline.errors import UserError
 from glipv2.pipeline.position import Position, merge_positions
@@ -115,6 +116,7 @@ class _Lanes(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         assert worker is not None
+        preemption.ignore()
         try:
             part = self.stream.part(worker.id, worker.num_workers)
             desk = self.desks[worker.id]

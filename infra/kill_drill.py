@@ -1,0 +1,219 @@
+"""Kill ranks of a pretraining at random moments, and see that nothing is lost and nothing differs.
+
+    python infra/kill_drill.py --kills 100 --out runs/kill_drill
+
+One run is left alone; another has a random rank killed (SIGKILL) again and again: while it loads,
+in a step, and between a checkpoint's first file and its commit. Nobody but its own launcher helps
+it. In the end losses, weights and stream position must be the undisturbed run's, byte for byte.
+Exit code 1 if they are not, or if going on took longer than a minute.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from glipv2.jobs.prepare import prepare_set
+from glipv2.model.folders import COMMIT, WEIGHTS, step_name
+from glipv2.pipeline import storage
+from glipv2.pipeline.checkpoint import committed_steps
+from glipv2.pipeline.config import PrepareConfig
+from glipv2.pipeline.launch import RESTARTS
+from glipv2.pipeline.runlog import LOSSES, read_losses
+
+ROOT = Path(__file__).parent.parent
+SETS = ("toy_detection", "toy_grounding")
+MOMENTS = ("loading", "step", "save")
+STEPS_PER_KILL, CHECKPOINT_EVERY = 3, 2
+LONGEST_WAIT = 600.0
+PROMISED = 60.0
+"""Seconds from a kill to the first new step."""
+
+
+@dataclass
+class Kill:
+    moment: str
+    rank: int
+    at_step: int
+    resumed_from: int = -1
+    noticed: float = 0.0
+    """Seconds until all ranks are being started again."""
+    stepped: float = 0.0
+    """Seconds until the first new step."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/kill_drill"))
+    arguments = parser.parse_args()
+    steps = STEPS_PER_KILL * arguments.kills + 2 * CHECKPOINT_EVERY
+    recipe = write_recipe(arguments.out, steps)
+    calm, killed = arguments.out / "undisturbed", arguments.out / "killed"
+    subprocess.run(command(recipe, calm), check=True)
+    kills = drill(recipe, killed, arguments.kills, random.Random(arguments.seed))
+    show(kills)
+    wrong = differences(calm, killed, steps)
+    late = [kill for kill in kills if kill.stepped > PROMISED]
+    noticed = max((kill.noticed for kill in kills), default=0.0)
+    print(  # noqa: T201
+        f"{len(kills)} kills, noticed after {noticed:.1f} s at most; later than {PROMISED:.0f} s: "
+        f"{len(late)}; differing: {', '.join(wrong) or 'nothing'}"
+    )
+    return 1 if wrong or late or len(kills) < arguments.kills else 0
+
+
+def write_recipe(out: Path, steps: int) -> Path:
+    """The smallest recipe of the tests on two small sets, with as many steps as needed."""
+    tree = yaml.safe_load((ROOT / "tests" / "recipes" / "smoke.yaml").read_text())
+    for name in SETS:
+        options = PrepareConfig(source="toy", set=name, count=40, size=64, seed=1)
+        prepare_set(str(out / "data" / name), options)
+    tree["data"] |= {"root": str(out / "data"), "mixture": dict.fromkeys(SETS, 1)}
+    tree["train"] |= {"steps": steps, "checkpoint_every": CHECKPOINT_EVERY}
+    tree["supervise"] = {"max_restarts": 20}  # kills while loading leave no progress
+    path = out / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def command(recipe: Path, run: Path) -> list[str]:
+    words = ["-m", "glipv2.jobs.cli", "pretrain", str(recipe), f"run_dir={run}"]
+    return [sys.executable, *words]
+
+
+def drill(recipe: Path, run: Path, count: int, draw: random.Random) -> list[Kill]:
+    """Train to the end while ranks are killed."""
+    launcher = subprocess.Popen(command(recipe, run))
+    kills: list[Kill] = []
+    try:
+        while len(kills) < count and wait(launcher, lambda: len(ranks(launcher)) == 2):
+            kill = Kill(draw.choice(MOMENTS), draw.randrange(2), steps_made(run))
+            victims = ranks(launcher)
+            if not wait_for_moment(launcher, run, kill, draw) or kill.rank not in victims:
+                break
+            if not hit(launcher, run, kill, victims[kill.rank]):
+                break
+            kills.append(kill)
+        launcher.wait(LONGEST_WAIT)
+    finally:
+        launcher.kill()
+    return kills
+
+
+def hit(launcher: "subprocess.Popen[bytes]", run: Path, kill: Kill, victim: int) -> bool:
+    """Kill a rank, wait for the restart and its first step, and note when they came."""
+    kill.at_step, known, began = steps_made(run), len(restarts_of(run)), time.time()
+    os.kill(victim, signal.SIGKILL)
+    if not wait(launcher, lambda: len(restarts_of(run)) > known):
+        return False
+    kill.resumed_from = restarts_of(run)[-1]["step"]
+    noticed = time.time()
+    went_on = wait(launcher, lambda: has_new_step(run, kill.resumed_from, noticed))
+    kill.noticed, kill.stepped = noticed - began, time.time() - began
+    return went_on or steps_made(run) > kill.resumed_from
+
+
+def wait_for_moment(
+    launcher: "subprocess.Popen[bytes]", run: Path, kill: Kill, draw: random.Random
+) -> bool:
+    if kill.moment == "loading":
+        return wait(launcher, lambda: True, at_least=draw.uniform(0, 5))
+    if kill.moment == "save":
+        since = time.time()
+        return wait(launcher, lambda: is_saving(run, since))
+    made = kill.at_step
+    return wait(launcher, lambda: steps_made(run) > made, at_least=draw.uniform(0, 1))
+
+
+def wait(
+    launcher: "subprocess.Popen[bytes]", condition: Callable[[], bool], at_least: float = 0.0
+) -> bool:
+    """Until the condition holds, then `at_least` seconds more; False if the run ends before."""
+    deadline = time.monotonic() + LONGEST_WAIT
+    while not condition():
+        if launcher.poll() is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    time.sleep(at_least)
+    return launcher.poll() is None
+
+
+def ranks(launcher: "subprocess.Popen[bytes]") -> dict[int, int]:
+    """Rank -> process of the ranks that run now."""
+    found = {}
+    for child in children(launcher.pid):
+        try:
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        for entry in environment:
+            if entry.startswith(b"RANK="):
+                found[int(entry[5:])] = child
+    return found
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def is_saving(run: Path, since: float) -> bool:
+    """Whether a checkpoint has new files but no commit record."""
+    for folder in (run / "checkpoints").glob("step-*"):
+        with suppress(FileNotFoundError):  # being pruned
+            newest = max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
+            if newest > since and not (folder / COMMIT).exists():
+                return True
+    return False
+
+
+def steps_made(run: Path) -> int:
+    entries = read_losses(str(run))
+    return entries[-1]["step"] + 1 if entries else 0
+
+
+def has_new_step(run: Path, resumed_from: int, since: float) -> bool:
+    """Whether the log, cut back by the restart, has a step that was made after it."""
+    return (run / LOSSES).stat().st_mtime > since and steps_made(run) > resumed_from
+
+
+def restarts_of(run: Path) -> list[dict[str, Any]]:
+    return storage.read_json_lines(str(run / RESTARTS))
+
+
+def differences(calm: Path, killed: Path, steps: int) -> list[str]:
+    """Files of the two runs that should be equal and are not."""
+    if committed_steps(str(killed))[-1:] != [steps]:
+        return ["the killed run did not end"]
+    step = Path("checkpoints") / step_name(steps)
+    names = [Path(LOSSES), step / WEIGHTS, step / "trainer.json"]
+    return [str(n) for n in names if (calm / n).read_bytes() != (killed / n).read_bytes()]
+
+
+def show(kills: list[Kill]) -> None:
+    head = "| kill | while | rank | steps made | gone on from | seconds: noticed | next step |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {number} | {kill.moment} | {kill.rank} | {kill.at_step} | {kill.resumed_from} | "
+        f"{kill.noticed:.1f} | {kill.stepped:.1f} |"
+        for number, kill in enumerate(kills, start=1)
+    ]
+    print("\n".join(lines))  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())

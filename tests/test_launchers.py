@@ -1,0 +1,232 @@
+"""The same pretraining under torchrun, DeepSpeed's launcher, Ray Train, and on two hosts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from commands import (  # noqa: E402
+    ROOT,
+    command_line,
+    descendants,
+    finish,
+    rank_process,
+    smoke_recipe,
+    start,
+)
+
+from glipv2.jobs.prepare import prepare_set  # noqa: E402
+from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
+from glipv2.pipeline.config import PrepareConfig  # noqa: E402
+from glipv2.pipeline.runlog import read_losses  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+STEPS = 8
+SETS = ("toy_detection", "toy_grounding")
+PATIENCE = 900.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launchers")
+    for name in SETS:
+        options = PrepareConfig(source="toy", set=name, count=40, size=64, seed=1)
+        prepare_set(str(folder / "data" / name), options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Path:
+    return smoke_recipe(
+        folder,
+        run_dir=str(folder / "undisturbed"),
+        data={"root": str(folder / "data"), "mixture": dict.fromkeys(SETS, 1)},
+        train={"steps": STEPS, "checkpoint_every": 3},
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(recipe: Path, folder: Path) -> bytes:
+    """The losses of a run that nothing happened to."""
+    finish("pretrain", recipe, timeout=PATIENCE)
+    return (folder / "undisturbed" / "losses.jsonl").read_bytes()
+
+
+def by(launcher: list[str], *arguments: object) -> "subprocess.Popen[str]":
+    """`glipv2 pretrain` under another launcher, output collected."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, "glipv2.jobs.cli", "pretrain", *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def wait_for(process: "subprocess.Popen[str]", condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def made(run: Path) -> int:
+    return len(read_losses(str(run)))
+
+
+def ended(process: "subprocess.Popen[str]") -> str:
+    said = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 0, said
+    return said
+
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "-m"]
+
+
+def test_torchrun_starts_dead_ranks_again_and_passes_on_that_it_is_told_to_stop(
+    recipe: Path, folder: Path, expected: bytes
+) -> None:
+    run = folder / "torchrun"
+    process = by(TORCHRUN, recipe, f"run_dir={run}")
+    wait_for(process, lambda: made(run) >= 1)
+    assert "is in use by another process" in finish("pretrain", recipe, f"run_dir={run}", code=2)
+    wait_for(process, lambda: made(run) >= 4)
+    victim = rank_process(process.pid, 1)
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    wait_for(process, lambda: rank_process(process.pid, 1) not in (victim, None))
+    wait_for(process, lambda: made(run) == 4)  # cut back to the checkpoint, then one step more
+    process.terminate()
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode != 0
+    assert 4 <= made(run) < STEPS
+    assert committed_steps(str(run))[-1] == made(run)  # no step is lost
+    ended(by(TORCHRUN, recipe, f"run_dir={run}"))
+    assert (run / "losses.jsonl").read_bytes() == expected
+
+
+def test_deepspeeds_launcher_does_too(recipe: Path, folder: Path, expected: bytes) -> None:
+    hosts = folder / "hostfile"
+    hosts.write_text("127.0.0.1 slots=2\n")
+    launcher = [
+        "deepspeed.launcher.runner", f"--hostfile={hosts}", "--no_ssh", "--node_rank=0",
+        "--master_addr=127.0.0.1", "--no_local_rank", "--module",
+    ]  # fmt: skip
+    ended(by(launcher, recipe, f"run_dir={folder / 'deepspeed'}"))
+    assert (folder / "deepspeed" / "losses.jsonl").read_bytes() == expected
+
+
+def test_ray_train_starts_dead_workers_again(recipe: Path, folder: Path, expected: bytes) -> None:
+    run = folder / "ray"
+    process = start("pretrain", recipe, f"run_dir={run}", "--address", "local")
+    wait_for(process, lambda: made(run) >= 4)
+    workers = [pid for pid in descendants(process.pid) if "RayTrainWorker" in command_line(pid)]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, said
+    assert "pretrain ray" in "".join(said)  # the bar of the first rank is shown
+    assert (run / "losses.jsonl").read_bytes() == expected
+
+
+def test_a_ray_job_that_is_told_to_stop_loses_no_step(
+    recipe: Path, folder: Path, expected: bytes
+) -> None:
+    run = folder / "ray-stopped"
+    process = start("pretrain", recipe, f"run_dir={run}", "--address", "local")
+    wait_for(process, lambda: made(run) >= 1)
+    process.terminate()
+    said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75, said
+    assert committed_steps(str(run))[-1] == made(run) < STEPS
+    finish("pretrain", recipe, f"run_dir={run}", timeout=PATIENCE)
+    assert (run / "losses.jsonl").read_bytes() == expected
+
+
+HOSTS = {"a": "10.77.41.1", "b": "10.77.41.2"}
+HOST_LOOP = """
+for attempt in 1 2 3 4 5 6 7 8 9 10; do
+  {python} -m torch.distributed.run --nnodes=2 --node-rank={rank} --nproc-per-node=1 \
+    --master-addr={first} --master-port=29611 --max-restarts=0 \
+    -m glipv2.jobs.cli pretrain {recipe} run_dir={run} \
+    supervise.step_seconds=10 supervise.data_seconds=10 && exit 0
+  sleep 1
+done
+exit 1
+"""
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[str]]:
+    """Two network namespaces, joined by a cable; their names."""
+    names = [f"glipv2-{host}-{os.getpid()}" for host in HOSTS]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable-a", "netns", names[0], "type", "veth",
+           "peer", "name", "cable-b", "netns", names[1])  # fmt: skip
+        for name, (host, address) in zip(names, HOSTS.items(), strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", f"cable-{host}")
+            ip("-n", name, "link", "set", f"cable-{host}", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces need root and iproute2: {error}")
+    yield names
+    for name in names:
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def test_a_host_that_is_cut_off_and_comes_back_costs_no_step(
+    recipe: Path, folder: Path, expected: bytes, two_hosts: list[str]
+) -> None:
+    run = folder / "two-hosts"
+    hosts = []
+    for rank, (name, host) in enumerate(zip(two_hosts, HOSTS, strict=True)):
+        loop = HOST_LOOP.format(
+            python=sys.executable, rank=rank, first=HOSTS["a"], recipe=recipe, run=run
+        )
+        hosts.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, "bash", "-c", loop],
+                cwd=ROOT,
+                env=os.environ | {"GLOO_SOCKET_IFNAME": f"cable-{host}"},
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    try:
+        wait_for(hosts[0], lambda: made(run) >= 4)
+        ip("-n", two_hosts[1], "link", "set", "cable-b", "down")
+        wait_for(hosts[0], lambda: len(list((run / "stacks").glob("rank-*"))) > 0)
+        time.sleep(5)
+        ip("-n", two_hosts[1], "link", "set", "cable-b", "up")
+        for host in hosts:
+            ended(host)
+    finally:
+        for host in hosts:
+            for pid in [*descendants(host.pid), host.pid]:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+    assert (run / "losses.jsonl").read_bytes() == expected
+
+
+def test_the_kill_drill_finds_nothing(tmp_path: Path) -> None:
+    drill = [sys.executable, "infra/kill_drill.py", "--kills", "5", "--out", str(tmp_path)]
+    done = subprocess.run(drill, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 kills" in done.stdout and "differing: nothing" in done.stdout

@@ -2,8 +2,8 @@
 
 Two processes, ZeRO 1, fp32, 33 million parameters (0.4 GB of weights and moments). Ours saves
 beside training; the peer is DeepSpeed's own save, during which training waits. Both take turns in
-the same processes. On a real S3 server on loopback, the peer is a plain upload of the same bytes
-by as many processes.
+the same processes. On a real S3 server on loopback, with a quarter of the parameters, the peer is a
+plain upload of the same bytes by as many processes.
 """
 
 import json
@@ -30,7 +30,8 @@ from glipv2.pipeline.position import Position
 from glipv2.pipeline.saver import Saver, model_parts
 from glipv2.pipeline.train_config import TrainConfig
 
-LAYERS, WIDTH, IMAGES, REPEATS = 8, 2048, 32, 5
+WIDTH, IMAGES, REPEATS = 2048, 32, 5
+LAYERS, LAYERS_ON_S3 = 8, 2
 
 
 def bench_checkpoint() -> None:
@@ -65,9 +66,9 @@ def _measured(url: str, environment: dict[str, str]) -> dict[str, float]:
 
 
 class Layers(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(count))
 
     def forward(self, x_BD: Tensor, *_: object) -> dict[str, Tensor]:
         for layer in self.layers:
@@ -79,7 +80,7 @@ class Bench:
     def __init__(self, url: str) -> None:
         self.url = url
         self.train = TrainConfig(global_batch=2 * IMAGES, precision="fp32", warmup_steps=0)
-        model = Layers()
+        model = Layers(LAYERS if storage.is_local(url) else LAYERS_ON_S3)
         parts = model_parts(model, {})
         self.engine = build_engine(model, self.train)
         self.saver = Saver(url, self.engine, None, parts, keep=1, patience=600)

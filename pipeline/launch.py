@@ -32,7 +32,7 @@ LAUNCHER = "GLIPV2_LAUNCHER"
 """Environment variable with the process number of the launcher, for the ranks it starts."""
 USER_ERROR, STORE_FAILED = 2, 3
 """Exit codes of a rank that would only end in the same way if it were started again."""
-LINGER = 2.0
+LINGER = 4.0
 """Seconds that ranks get to end by themselves when one has failed, and say why."""
 LOOK = 1.0
 """Seconds between two looks for ranks that somebody has stopped."""

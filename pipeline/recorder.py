@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from glipv2.model.batch import Batch
+from glipv2.model.batch import Batch, Collectives
 from glipv2.pipeline import dist, storage
 from glipv2.pipeline.config import RunConfig
-from glipv2.pipeline.flops import peak_flops
+from glipv2.pipeline.flops import peak_flops, training_operations
 from glipv2.pipeline.profiling import Profile
 from glipv2.pipeline.progress import bar, say
 from glipv2.pipeline.runlog import METRICS, StepLog
@@ -33,15 +34,14 @@ class StepTimes:
     """Seconds of it that were spent waiting for data."""
     pixels: int
     """That went through the model, padding included."""
-    operations: float | None = None
-    """Floating-point operations, if they were counted."""
 
 
-def step_times(
-    micro_batches: Sequence[Batch], seconds: float, waited: float, operations: float | None
-) -> StepTimes:
-    pixels = sum(batch.images_B3HW[:, 0].numel() for batch in micro_batches)
-    return StepTimes(seconds, waited, pixels, operations)
+def step_times(micro_batches: Sequence[Batch], seconds: float, waited: float) -> StepTimes:
+    return StepTimes(seconds, waited, sum(map(pixels, micro_batches)))
+
+
+def pixels(batch: Batch) -> int:
+    return batch.images_B3HW[:, 0].numel()
 
 
 class Recorder:
@@ -50,6 +50,8 @@ class Recorder:
     def __init__(self, config: RunConfig, first_step: int) -> None:
         self.config = config
         self.main = dist.is_main()
+        self.peak = config.log.peak_tflops * 1e12 or peak_flops()
+        self.operations_per_pixel = 0.0
         if not self.main:
             return
         self.first_step, self.began = first_step, time.monotonic()
@@ -57,14 +59,19 @@ class Recorder:
         self.recent_losses: deque[float] = deque(maxlen=RECENT)
         self.seconds = self.waited = 0.0
         self.noted = 0
-        self.operations_per_pixel = 0.0
-        self.peak = config.log.peak_tflops * 1e12 or peak_flops()
         self.losses = StepLog(config.run_dir, first_step)
         self.metrics = StepLog(config.run_dir, first_step, METRICS)
         self.trackers = trackers(config, first_step)
         self.profile = Profile(config.run_dir, config.profile)
         name = os.path.basename(config.run_dir.rstrip("/"))
         self.bar = bar(config.train.steps, f"pretrain {name}", "step", first_step)
+
+    def count_operations(self, model: nn.Module, batch: Batch, collectives: Collectives) -> None:
+        """Find out what arithmetic a pixel costs, if the device's peak is known; every rank must
+        call it."""
+        if self.peak:
+            found = training_operations(lambda: model(batch, collectives, self.config.losses))
+            self.operations_per_pixel = found / pixels(batch)
 
     def step(self, step: int, losses: dict[str, float], times: StepTimes) -> None:
         """Note a step that updated the weights."""
@@ -76,8 +83,6 @@ class Recorder:
         self.noted += 1
         self.seconds += times.seconds
         self.waited += times.waited
-        if times.operations:
-            self.operations_per_pixel = times.operations / times.pixels
         figures = self._figures()
         self.bar.set_postfix_str(_line(losses, figures), refresh=False)
         self.bar.update(1)

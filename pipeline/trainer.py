@@ -17,7 +17,6 @@ from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.ema import Ema
 from glipv2.pipeline.engine import build_engine, check_engine, init_distributed, train_step
 from glipv2.pipeline.errors import NonFiniteLossError, PreemptedError
-from glipv2.pipeline.flops import count
 from glipv2.pipeline.health import Health, Skip, read_skips
 from glipv2.pipeline.initial_model import initial_model
 from glipv2.pipeline.loader import Loader, build_loader
@@ -115,14 +114,16 @@ def _train(run: Setup, watch: Watch) -> bool:
         micro_batches, consumed = next(batches)
         waited = time.monotonic() - began
         watch.begin("setup" if step == run.first_step else "step")  # the first one compiles
-        torch.manual_seed(config.seed * 1_000_003 + step * 1009 + dist.rank())  # dropout only
         micro_batches = [batch.to(dist.local_device()) for batch in micro_batches]
+        if step == run.first_step:
+            run.recorder.count_operations(run.engine.module, micro_batches[0], run.collectives)
+        torch.manual_seed(config.seed * 1_000_003 + step * 1009 + dist.rank())  # dropout only
         try:
-            losses, operations = _update(run, micro_batches, step)
+            losses = _update(run, micro_batches, step)
         except NonFiniteLossError as error:
             health.leave_out(step, micro_batches, error)
         else:
-            times = step_times(micro_batches, time.monotonic() - began, waited, operations)
+            times = step_times(micro_batches, time.monotonic() - began, waited)
             run.recorder.step(step, losses, times)
             skip = health.spike(step, losses["loss"])
             if skip:
@@ -149,23 +150,16 @@ def _train(run: Setup, watch: Watch) -> bool:
     return True
 
 
-def _update(
-    run: Setup, micro_batches: Sequence[Batch], step: int
-) -> tuple[dict[str, float], float | None]:
-    """The losses of a step, and its arithmetic if it was counted: that of the first one is."""
-
-    def work() -> dict[str, float]:
-        config = run.config
-        return train_step(
-            run.engine, micro_batches, step, config.train, config.losses, run.collectives,
-            before_update=run.saver.wait_until_copied,
-        )  # fmt: skip
-
-    counted = step == run.first_step and not run.config.train.compile  # it counts no fused kernels
-    losses, operations = count(work) if counted else (work(), None)
+def _update(run: Setup, micro_batches: Sequence[Batch], step: int) -> dict[str, float]:
+    """The losses of a step, its update made."""
+    config = run.config
+    losses = train_step(
+        run.engine, micro_batches, step, config.train, config.losses, run.collectives,
+        before_update=run.saver.wait_until_copied,
+    )  # fmt: skip
     if run.ema:
         run.ema.update()
-    return losses, operations
+    return losses
 
 
 def _go_back(run: Setup, skip: Skip) -> None:

@@ -1,6 +1,7 @@
 """The body of one rank: batches -> losses -> optimiser steps -> checkpoints."""
 
 import logging
+import multiprocessing
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,15 +41,19 @@ log = logging.getLogger(__name__)
 
 def train(config: RunConfig) -> None:
     """Train to the last step; every rank runs this. PreemptedError when told to stop before."""
-    with Watch(config.run_dir, dist.rank(), config.supervise) as watch:
-        watch.begin("setup")
-        if dist.is_main():
-            note_settings(config)  # torchrun starts ranks directly
-        torch.set_num_threads(config.train.threads)
-        check_engine(config.train, dist.world_size(), torch.cuda.is_available())
-        init_distributed()
-        while not _train(_set_up(config), watch):
+    try:
+        with Watch(config.run_dir, dist.rank(), config.supervise) as watch:
             watch.begin("setup")
+            if dist.is_main():
+                note_settings(config)  # torchrun starts ranks directly
+            torch.set_num_threads(config.train.threads)
+            check_engine(config.train, dist.world_size(), torch.cuda.is_available())
+            init_distributed()
+            while not _train(_set_up(config), watch):
+                watch.begin("setup")
+    finally:
+        for loader in multiprocessing.active_children():
+            loader.kill()  # Python would ask with SIGTERM, which they ignore, and wait for ever
 
 
 @dataclass(frozen=True)

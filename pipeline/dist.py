@@ -52,6 +52,31 @@ def die_with_parent() -> None:
         raise SystemExit(f"the launcher, process {launcher}, is gone")
 
 
+def join_launched_group(backend: str) -> None:
+    """Join the process group of torchrun, or of our launcher; does nothing under others.
+
+    torchrun keeps its store when it starts ranks again, with the addresses of the dead ones in it:
+    each attempt needs keys of its own.
+    """
+    if dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size(),
+        is_master=False,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Average a tensor over ranks, without gradient; every rank must call it."""
     total = value.detach().clone()

@@ -64,7 +64,7 @@ def exclusive(folder: str) -> Iterator[None]:
             file.seek(0)
             raise _refusal(folder, file.read().strip() or "another process") from None
         file.truncate(0)
-        file.write(_told(_identity()))
+        file.write(_told(identity()))
         file.flush()
         yield
 
@@ -74,7 +74,7 @@ class Lease:
 
     def __init__(self, folder: str, expires: float, beats: float) -> None:
         self.folder, self.expires, self.beats = folder, expires, beats
-        self.me = {**_identity(), "token": uuid4().hex}
+        self.me = {**identity(), "token": uuid4().hex}
         self.ended = threading.Event()
 
     def take(self) -> None:
@@ -103,7 +103,7 @@ class Lease:
         holder = self._holder(number)
         if holder is None:
             return
-        if (alive := _lives_here(holder)) is not None:
+        if (alive := lives_here(holder)) is not None:
             if alive:
                 raise _refusal(self.folder.removesuffix("/lease"), _told(holder))
             return
@@ -171,8 +171,8 @@ def _refusal(folder: str, holder: str) -> UserError:
     )
 
 
-def _identity() -> dict[str, Any]:
-    """Who this process is, for people and for `_lives_here`."""
+def identity() -> dict[str, Any]:
+    """Who this process is, for people and for `lives_here`."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -186,7 +186,7 @@ def _told(holder: dict[str, Any]) -> str:
     return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
 
 
-def _lives_here(holder: dict[str, Any]) -> bool | None:
+def lives_here(holder: dict[str, Any]) -> bool | None:
     """Whether the holder lives; None when it is of another machine or container."""
     if not holder["processes_of"] or holder["processes_of"] != _process_space():
         return None

@@ -107,8 +107,9 @@ class Watch:
 
     def _publish(self, text: bytes) -> str:
         """Write to RUN/stacks, however badly the store does; returns where."""
-        name = f"rank-{self.rank}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
-        url = storage.join(self.folder, f"{name}-{os.getpid()}.txt")
+        now = time.time()
+        moment = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}"
+        url = storage.join(self.folder, f"rank-{self.rank}-{moment}-{os.getpid()}.txt")
 
         def write() -> None:
             with suppress(Exception):

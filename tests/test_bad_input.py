@@ -73,7 +73,9 @@ def test_more_ranks_than_lanes_are_refused_with_the_cure(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(capsys, "pretrain", recipe, "train.processes=8")
-    assert "4 lanes" in said
+    assert "train.global_batch (4) must be a multiple of 8, the number of ranks (8)" in said
+    said = refused(capsys, "pretrain", recipe, "train.processes=4", "data.lanes=2")
+    assert "2 lanes" in said
     assert "global_batch" in said
 
 

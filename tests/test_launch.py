@@ -12,12 +12,18 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import command_line  # noqa: E402
+from commands import SMOKE, command_line  # noqa: E402
 
 from glipv2.pipeline import storage  # noqa: E402
 from glipv2.pipeline.checkpoint import write_folder  # noqa: E402
 from glipv2.pipeline.config import RunConfig  # noqa: E402
-from glipv2.pipeline.errors import PreemptedError, RankFailedError, UserError  # noqa: E402
+from glipv2.pipeline.config_loader import load_config  # noqa: E402
+from glipv2.pipeline.errors import (  # noqa: E402
+    ConfigError,
+    PreemptedError,
+    RankFailedError,
+    UserError,
+)
 from glipv2.pipeline.launch import RESTARTS, launch_ranks  # noqa: E402
 from glipv2.pipeline.train_config import SuperviseConfig, TrainConfig  # noqa: E402
 
@@ -48,11 +54,11 @@ def living(folder: Path) -> list[int]:
     return [pid for pid in pids if command_line(pid)]
 
 
-def told_when(folder: Path, name: str, *numbers: signal.Signals) -> None:
-    """Send this process signals once a rank has left its file `name`, half a second apart."""
+def told_when(folder: Path, *numbers: signal.Signals) -> None:
+    """Send this process signals once both ranks are ready for them, half a second apart."""
 
     def send() -> None:
-        while not (folder / name).exists():
+        while len(list(folder.glob("ready.*"))) < 2:
             time.sleep(0.02)
         for number in numbers:
             os.kill(os.getpid(), number)
@@ -72,7 +78,7 @@ if attempt == 0:
 """
     started = time.monotonic()
     launch(tmp_path, script)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 20
     assert attempts(tmp_path) == 2
     assert "rank 1 was killed by SIGKILL; starting all ranks again from step 0" in caplog.text
     [entry] = storage.read_json_lines(str(tmp_path / "run" / RESTARTS))
@@ -114,10 +120,10 @@ def test_what_would_only_happen_again_is_not_tried_again(tmp_path: Path, code: i
 def test_told_to_stop_it_tells_the_ranks_and_waits(tmp_path: Path, number: signal.Signals) -> None:
     script = """
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(rank), sys.exit(75)))
-(folder / "ready").touch() if rank else None
+(folder / f"ready.{rank}").touch()
 time.sleep(60)
 """
-    told_when(tmp_path, "ready", number)
+    told_when(tmp_path, number)
     with pytest.raises(PreemptedError):
         launch(tmp_path, script)
     assert attempts(tmp_path) == 1
@@ -126,10 +132,10 @@ time.sleep(60)
 def test_ranks_that_do_not_save_in_time_are_killed(tmp_path: Path) -> None:
     script = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN if rank else lambda *_: sys.exit(75))
-(folder / "ready").touch() if rank else None
+(folder / f"ready.{rank}").touch()
 time.sleep(60)
 """
-    told_when(tmp_path, "ready", signal.SIGTERM)
+    told_when(tmp_path, signal.SIGTERM)
     started = time.monotonic()
     with pytest.raises(RankFailedError, match="SIGTERM before all ranks had saved"):
         launch(tmp_path, script, grace_seconds=1)
@@ -140,10 +146,10 @@ time.sleep(60)
 def test_the_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     script = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-(folder / "ready").touch() if rank else None
+(folder / f"ready.{rank}").touch()
 time.sleep(60)
 """
-    told_when(tmp_path, "ready", signal.SIGINT, signal.SIGINT)
+    told_when(tmp_path, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         launch(tmp_path, script)
     assert not living(tmp_path)
@@ -152,10 +158,10 @@ time.sleep(60)
 def test_when_one_rank_hangs_the_others_leave_their_stacks(tmp_path: Path) -> None:
     script = """
 signal.signal(signal.SIGUSR1, lambda *_: (folder / "stacks").touch())
-(folder / "ready").touch() if rank else None
+(folder / f"ready.{rank}").touch()
 if attempt == 0 and rank == 1:
     os.kill(os.getpid(), signal.SIGSTOP)
-while not (folder / "ready").exists():
+while not (folder / "ready.1").exists():
     time.sleep(0.02)
 if attempt == 0 and rank == 0:
     time.sleep(1)
@@ -202,6 +208,21 @@ def test_signals_have_their_old_meaning_afterwards(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     launch(tmp_path, "")
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("supervise.max_restarts=-1", r"supervise\.max_restarts must be 0 or more"),
+        ("supervise.step_seconds=0", r"supervise\.step_seconds must be positive and at most 7200"),
+        ("supervise.save_seconds=9000", r"supervise\.save_seconds must be positive and at most"),
+        ("supervise.straggler_ratio=1", r"supervise\.straggler_ratio must be above 1"),
+        ("supervise.min_processes=3", r"supervise\.min_processes must be at most train\.processes"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_name(override: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_config(str(SMOKE), [override])
 
 
 def test_the_command_line_names_the_exit_code(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def folder() -> str:
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every lease looks as if its holder were on another machine."""
-    monkeypatch.setattr(module, "_lives_here", lambda holder: None)
+    monkeypatch.setattr(module, "lives_here", lambda holder: None)
 
 
 def short(folder: str) -> Lease:

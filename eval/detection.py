@@ -1,73 +1,32 @@
-"""COCO average precision, and the one greedy matcher that every box score here is built on.
+"""Average precision of detection records, and the one greedy matcher that box scores build on.
 
-Boxes are xyxy in pixels of the stored image. The AP itself is pycocotools' (glip_facts I: IoU
-.50:.95, at most 100 boxes per image and category); this file only brings our records to it.
+Boxes are xyxy in pixels of the stored image. The AP is that of `eval.coco`.
 """
 
-import contextlib
-import io
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from glipv2.eval.coco import APResult, coco_ap, coco_truth
+from glipv2.eval.predictions import Found, ScoredBoxes, scored_boxes
 from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.records import Record
 
-if TYPE_CHECKING:  # model.batch imports torch, which a reader of AP figures does not need
-    from glipv2.model.batch import Detection
-
-AP50_INDEX = 0
-"""Row of IoU 0.50 in pycocotools' ten thresholds."""
-ALL_AREAS = 0
-"""Column of the area range "all" in pycocotools' tables."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoredBoxes:
-    """Boxes found in one image, in plain numbers."""
-
-    boxes: Sequence[Sequence[float]]
-    """(K, 4) xyxy in pixels of the stored image."""
-    scores: Sequence[float]
-    """(K,) in [0, 1]."""
-    names: Sequence[str]
-    """(K,) the category name or phrase of each box."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class APResult:
-    """Average precision in [0, 1]; means are over the categories that have ground truth."""
-
-    ap: float
-    """Mean over IoU .50:.95."""
-    ap50: float
-    per_category: dict[str, tuple[float, float]]
-    """name -> (ap, ap50), only categories with ground truth."""
-    dropped: int = 0
-    """Detections with a NaN or infinite number, left out of the scoring."""
-
-    def over(self, group: Collection[str]) -> "APResult":
-        """The same result restricted to some categories (seen, unseen): no second matching."""
-        chosen = {name: ap for name, ap in self.per_category.items() if name in group}
-        if not chosen:
-            raise DataError(
-                f"no ground truth for any of {sorted(group)}: their average precision is "
-                "undefined. Use a validation set that shows these categories."
-            )
-        return replace(
-            self,
-            ap=fmean(ap for ap, _ in chosen.values()),
-            ap50=fmean(ap50 for _, ap50 in chosen.values()),
-            per_category=chosen,
-        )
+__all__ = [
+    "APResult",
+    "ScoredBoxes",
+    "average_precision",
+    "box_iou",
+    "category_groups",
+    "greedy_match",
+    "scored_boxes",
+]
 
 
 def average_precision(
     records: Sequence[Record],
-    detections_by_key: Mapping[str, "Detection | ScoredBoxes"],
+    detections_by_key: Mapping[str, Found],
     categories: Sequence[str],
     group: Collection[str] | None = None,
 ) -> APResult:
@@ -77,20 +36,8 @@ def average_precision(
     an image that was never looked at can't pass for one without boxes. Equal scores keep the order
     of `records`, then that of the detection.
     """
-    category_ids = {name: number for number, name in enumerate(categories, start=1)}
-    truth = _coco_truth(records, category_ids)
-    found, dropped = _coco_detections(records, detections_by_key, category_ids)
-    if not truth["annotations"]:
-        raise DataError("no ground-truth boxes in the records: average precision is undefined")
-    precision_TRKAM = _evaluate(truth, found)
-    per_category = {}
-    for column, name in enumerate(categories):
-        precision_TR = precision_TRKAM[:, :, column, ALL_AREAS, -1]
-        if precision_TR.max() >= 0:  # -1 everywhere: the category has no ground truth
-            ap, ap50 = precision_TR.mean(), precision_TR[AP50_INDEX].mean()
-            per_category[name] = (float(ap), float(ap50))
-    result = APResult(ap=0.0, ap50=0.0, per_category=per_category, dropped=dropped)
-    return result.over(categories if group is None else group)
+    scored = coco_ap(coco_truth(records, categories), detections_by_key)
+    return scored.over(categories if group is None else group)
 
 
 def category_groups(records: Sequence[Record], categories: Sequence[str]) -> dict[str, set[str]]:
@@ -106,17 +53,6 @@ def category_groups(records: Sequence[Record], categories: Sequence[str]) -> dic
             if known != group:
                 raise DataError(f"{record.key}: {name!r} is {group!r}, elsewhere {known!r}")
     return {g: {n for n, own in group_of.items() if own == g} for g in group_of.values()}
-
-
-def scored_boxes(detection: "Detection | ScoredBoxes") -> ScoredBoxes:
-    """Plain numbers of a detection, one name a box."""
-    if isinstance(detection, ScoredBoxes):
-        return detection
-    return ScoredBoxes(
-        boxes=detection.boxes_K4.tolist(),
-        scores=detection.scores_K.tolist(),
-        names=[detection.names[label] for label in detection.labels_K.tolist()],
-    )
 
 
 def box_iou(boxes_K4: Any, others_N4: Any) -> np.ndarray:
@@ -146,73 +82,3 @@ def greedy_match(scores_K: Sequence[float], iou_KN: np.ndarray, min_iou: float =
         match[box] = int(free_KN[box].argmax())
         free_KN[:, match[box]] = -1.0
     return match
-
-
-def _coco_truth(records: Sequence[Record], category_ids: dict[str, int]) -> dict[str, Any]:
-    names = list(category_ids)
-    annotations: list[dict[str, Any]] = []
-    for image_id, record in enumerate(records, start=1):
-        for region in record.regions:
-            if region.category is None or not 0 <= region.category < len(names):
-                raise DataError(
-                    f"{record.key}: the region {region.phrase!r} has category {region.category}, "
-                    f"but there are {len(names)} categories; only detection data can be scored"
-                )
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,  # pycocotools reads id 0 as "unmatched"
-                    "image_id": image_id,
-                    "category_id": category_ids[names[region.category]],
-                    "iscrowd": int(region.crowd),
-                    **_coco_box(region.box),
-                }
-            )
-    return {
-        "images": [{"id": number} for number in range(1, len(records) + 1)],
-        "categories": [{"id": number, "name": name} for name, number in category_ids.items()],
-        "annotations": annotations,
-    }
-
-
-def _coco_detections(
-    records: Sequence[Record],
-    detections_by_key: Mapping[str, "Detection | ScoredBoxes"],
-    category_ids: dict[str, int],
-) -> tuple[list[dict[str, Any]], int]:
-    """Detections as pycocotools wants them, and the number dropped for a non-finite value."""
-    found: list[dict[str, Any]] = []
-    dropped = 0
-    for image_id, record in enumerate(records, start=1):
-        if record.key not in detections_by_key:
-            raise DataError(f"no detections for image {record.key}: was it evaluated?")
-        plain = scored_boxes(detections_by_key[record.key])
-        for box, score, name in zip(plain.boxes, plain.scores, plain.names, strict=True):
-            if name not in category_ids:
-                raise DataError(f"{record.key}: detection of {name!r}, which is no category here")
-            if not np.isfinite([*box, score]).all():
-                dropped += 1
-                continue
-            entry = {"image_id": image_id, "category_id": category_ids[name], "score": float(score)}
-            found.append({"id": len(found) + 1, "iscrowd": 0, **entry, **_coco_box(box)})
-    return found, dropped
-
-
-def _coco_box(box: Sequence[float]) -> dict[str, Any]:
-    x0, y0, x1, y1 = (float(value) for value in box)
-    return {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
-
-
-def _evaluate(truth: dict[str, Any], found: list[dict[str, Any]]) -> np.ndarray:
-    """pycocotools' precision table (T IoUs, R recalls, K categories, A areas, M max boxes)."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        coco_truth, coco_found = COCO(), COCO()
-        for coco, annotations in ((coco_truth, truth["annotations"]), (coco_found, found)):
-            coco.dataset = {**truth, "annotations": annotations}
-            coco.createIndex()
-        evaluation = COCOeval(coco_truth, coco_found, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation.eval["precision"]

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from glipv2.eval.masks import mask_area, run_lengths
 from glipv2.pipeline.errors import DataError
 
 IOUS_T = np.linspace(0.5, 0.95, 10)
@@ -79,6 +80,8 @@ class LvisDetections:
     """xyxy in pixels of the image."""
     masks_K: Sequence[Mapping[str, Any]] | None = None
     """COCO run lengths {"size": [h, w], "counts": str}, needed to score masks."""
+    dropped: int = 0
+    """Detections with a NaN or infinite number that were left out before."""
 
     def __post_init__(self) -> None:
         columns = [self.image_ids_K, self.category_ids_K, self.scores_K, self.boxes_K4]
@@ -108,6 +111,13 @@ class LvisAP:
     """Detections with a NaN as score; they are ranked below all others."""
     empty: int
     """Judged detections left out because their area is zero, negative or not finite."""
+    dropped: int = 0
+    """Detections left out before, `LvisDetections.dropped`."""
+
+    def to_dict(self) -> dict[str, float]:
+        """The nine figures, as far as they are defined, and how many detections were left out."""
+        numbers = {name: value for name, value in vars(self).items() if name != "per_category"}
+        return {name: float(value) for name, value in numbers.items() if value is not None}
 
 
 def lvis_truth(document: Mapping[str, Any]) -> LvisTruth:
@@ -201,6 +211,7 @@ def lvis_ap(
         ),
         nan_scores=int(np.isnan(found.scores_K).sum()),
         empty=empty,
+        dropped=found.dropped,
     )
 
 
@@ -259,8 +270,7 @@ def _detections(
         if found.masks_K is None:
             raise DataError("the detections have no masks to score")
         shapes_K = _masks(truth, pairs_K[row_K], [found.masks_K[row] for row in row_K.tolist()])
-        # one at a time: pycocotools 2.0.11 fails on lists of more than 255 masks
-        areas_K = np.array([coco_mask.area(mask) for mask in shapes_K], dtype=np.float64)
+        areas_K = np.array([mask_area(mask) for mask in shapes_K], dtype=np.float64)
     solid_K = (areas_K > 0) & (areas_K < np.inf)
     objects = _Objects(
         pairs=pairs_K[row_K][solid_K],
@@ -296,21 +306,8 @@ def _masks(truth: LvisTruth, pairs_N: np.ndarray, masks: Sequence[Any]) -> np.nd
     images_N = pairs_N % len(truth.image_ids_I)
     encoded = np.empty(len(masks), dtype=object)
     for row, (image, mask) in enumerate(zip(images_N, masks, strict=True)):
-        height, width = truth.sizes_I2[image].tolist()
-        if isinstance(mask, list) and mask:
-            encoded[row] = coco_mask.merge(coco_mask.frPyObjects(mask, height, width))
-        elif (
-            isinstance(mask, Mapping)
-            and list(mask.get("size", ())) == [height, width]
-            and mask.get("counts")
-        ):
-            plain = isinstance(mask["counts"], list)
-            encoded[row] = coco_mask.frPyObjects(mask, height, width) if plain else mask
-        else:
-            raise DataError(
-                f"image {truth.image_ids_I[image]} of {height} x {width} pixels: expected polygons "
-                f"or run lengths of that size, not {str(mask)[:80]}"
-            )
+        where = f"image {truth.image_ids_I[image]}"
+        encoded[row] = run_lengths(mask, truth.sizes_I2[image], where)
     return encoded
 
 

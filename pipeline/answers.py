@@ -17,13 +17,22 @@ ARTICLES = {"a", "an", "the"}
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"none": "0"}
 SPELLED = """
-ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't
-needn't shouldn't wasn't weren't won't wouldn't could've might've must've should've would've i'm
-i've he's she's that's there's what's where's who's how's let's it'd it'll they'd they'll they're
-they've we've who'd who'll who've you'd you'll you're you've o'clock ma'am y'all
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't
+mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+someone's something'd something'd've something'll that's there'd there'd've there're there's they'd
+they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
-CONTRACTIONS = {word.replace("'", ""): word for word in SPELLED.split()}
-"""As people write them without the apostrophe; those that are other words then are left out."""
+CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word
+    for word in SPELLED.split()
+    for place, letter in enumerate(word)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}
+"""As people write them, without one apostrophe: what VQA's own code mends, its slip included."""
 
 
 @lru_cache(maxsize=1 << 16)

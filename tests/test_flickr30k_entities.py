@@ -200,6 +200,10 @@ def test_what_the_user_named_must_be_there(tmp_path):
     with pytest.raises(DataError, match="Entities folder .*Sentences does not exist"):
         read(tmp_path)
     root = make(tmp_path, {}, {}, (), "pictures")
+    with pytest.raises(DataError, match="Sentences is empty; give the folder that holds the files"):
+        read(root)
+    for folder in ("Sentences", "Annotations", "pictures"):
+        (tmp_path / folder / "readme.md").write_text("x")
     with pytest.raises(DataError, match="no flickr30k_images or flickr30k-images; give images"):
         read(root)
     with pytest.raises(DataError, match=r"no \.txt file in .*Sentences"):

@@ -23,7 +23,8 @@ COMMANDS = {
     "check": "verify a whole shard set: files, checksums, records, spans, boxes, masks, keys",
     "pretrain": "shards -> checkpoints (DeepSpeed); the same command resumes",
     "label": "let a teacher ground the phrases of image-text pairs (Ray)",
-    "evaluate": "score checkpoints: COCO AP, phrase-grounding recall (Ray)",
+    "evaluate": "score a checkpoint on suites: COCO, LVIS, ODinW, Flickr30k, VQA, ... (Ray)",
+    "schedule": "watch runs and score each new checkpoint once, the newest first (Ray)",
     "run": "the main job: prepare, teacher, label, student and control, evaluate, report",
     "report": "one static page of a finished main job",
     "ground": "boxes for one image and a text",
@@ -77,7 +78,17 @@ averages them.""",
   glipv2 evaluate infra/recipes/quickstart.yaml
   glipv2 evaluate infra/recipes/quickstart.yaml --phase student
   glipv2 evaluate my.yaml --checkpoint runs/mine/checkpoints/step-001000
-Without --checkpoint the figures go into RUN/summary.json, for glipv2 report.""",
+  glipv2 evaluate infra/recipes/evaluate.yaml --checkpoint models/glip-t --suite coco --json -
+  glipv2 evaluate my.yaml --checkpoint runs/mine/checkpoints/step-001000 --score-only
+Cut off, the same command goes on; what was scored is not scored again. Results of eval.suites are
+in RUN/eval/step-001000/SUITE.json; those of a recipe with phases in RUN/summary.json, too.""",
+    "schedule": """
+  glipv2 schedule my.yaml
+  glipv2 schedule my.yaml 'schedule.runs=[s3://bucket/run-1,s3://bucket/run-2]' --address auto
+  glipv2 schedule my.yaml --once
+  glipv2 schedule my.yaml --status
+It may be killed and started again at any time, and several may watch one run. Exit code of --once:
+1 if a checkpoint was given up, 3 if one failed and will be tried again.""",
     "run": """
   glipv2 run infra/recipes/quickstart.yaml
   glipv2 run infra/recipes/quickstart.yaml run_dir=runs/seed-2 seed=2""",

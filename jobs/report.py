@@ -19,6 +19,7 @@ from glipv2.jobs.report_numbers import (
     verdict,
 )
 from glipv2.jobs.report_pictures import Gallery, examples, gallery
+from glipv2.jobs.report_suites import alerts, suite_tables
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.runlog import read_losses
@@ -47,20 +48,28 @@ def run(args: argparse.Namespace) -> int:
 def write_report(run_dir: str) -> str:
     """RUN/report.html from what the run folder holds; returns its path.
 
-    The page is one self-contained file: no script, nothing loaded from elsewhere.
+    The page is one self-contained file: no script, nothing loaded from elsewhere. Of a run that is
+    no main job it shows the scores of its checkpoints.
     """
-    summary = _json(run_dir, "summary.json")
+    summary, path = _json(run_dir, "summary.json"), storage.join(run_dir, "report.html")
+    name = str(run_dir).rstrip("/").rsplit("/", 1)[-1]
+    scored: dict[str, Any] = {"suites": suite_tables(run_dir), "alerts": alerts(run_dir)}
+    if summary is None and scored["suites"]:
+        storage.write_bytes(path, render("scores.html", name=name, **scored))
+        return path
     if summary is None:
         raise DataError(
             f"{storage.join(run_dir, 'summary.json')} is missing, so there is nothing to report: "
-            "is this the folder of a main job? glipv2 run and glipv2 evaluate RECIPE write it"
+            "is this the folder of a main job? glipv2 run and glipv2 evaluate RECIPE write it. A "
+            "run without phases needs scores (glipv2 evaluate, glipv2 schedule)"
         )
     config_text = _text(run_dir, "config.yaml")
     config = _yaml(config_text, storage.join(run_dir, "config.yaml"))
     threshold = _json(run_dir, "labels/threshold.json")
     page = render(
         "report.html",
-        name=str(run_dir).rstrip("/").rsplit("/", 1)[-1],
+        name=name,
+        **scored,
         verdict=verdict(summary),
         facts=headline_facts(summary),
         columns=columns(summary),
@@ -79,7 +88,6 @@ def write_report(run_dir: str) -> str:
         summary=json.dumps(summary, indent=1),
         versions=_json(run_dir, "versions.json"),
     )
-    path = storage.join(run_dir, "report.html")
     storage.write_bytes(path, page)
     return path
 

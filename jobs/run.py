@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main_job(config: RunConfig, phases: dict[str, RunConfig]) -> dict[str, Any]:
     """All stages in order; returns the summary that is also written to RUN/summary.json."""
-    from glipv2.jobs.evaluate import all_models, evaluate
+    from glipv2.jobs.evaluate import evaluate
+    from glipv2.jobs.evaluate_main import all_models
     from glipv2.jobs.label import label
     from glipv2.jobs.prepare import prepare_recipe
     from glipv2.jobs.pretrain import pretrain

@@ -27,7 +27,8 @@ def summarise(config: RunConfig) -> dict[str, Any]:
     `config` is that of the whole run. Phases that were not evaluated yet are left out.
     """
     from glipv2.jobs.doctor import versions
-    from glipv2.jobs.evaluate import RANDOM, real_name, scores
+    from glipv2.jobs.evaluate_main import real_name, scores
+    from glipv2.jobs.evaluate_predict import RANDOM
 
     real = real_name(config)
     real_metrics = (f"{real}_ap50",) if real else ()

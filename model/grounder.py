@@ -19,6 +19,7 @@ from glipv2.model.glip import GLIPv2
 from glipv2.model.image_input import ImageInput, Images, Picture, image_count
 from glipv2.model.mask_head import region_masks
 from glipv2.model.postprocess import (
+    MAX_DETECTIONS,
     MIN_PROBABILITY,
     detections,
     in_own_pixels,
@@ -62,6 +63,8 @@ class _Settings:
     score_threshold: float
     cross_phrase_nms: float | None = None
     masks: bool = False
+    max_boxes: int | None = MAX_DETECTIONS
+    max_boxes_per_prompt: int = MAX_DETECTIONS
 
 
 class Grounder:
@@ -142,19 +145,28 @@ class Grounder:
         batch_size: int = 8,
         score_threshold: float = MIN_PROBABILITY,
         masks: bool = False,
+        max_boxes: int | None = MAX_DETECTIONS,
+        max_boxes_per_prompt: int = MAX_DETECTIONS,
     ) -> list[Detection]:
         """Find categories, the same for all images or a list for each.
 
         More categories than fit one prompt (or than `max_categories_per_prompt`) are asked for in
         several, about the same image features. Labels count the caller's categories; without any,
-        nothing is found. Boxes are the best 100 of an image over all prompts with scores from
-        `score_threshold` on; the default keeps mostly wrong ones. ValueError names an image that
-        can't be read or a category that is blank or no text.
+        nothing is found. Boxes are the best `max_boxes_per_prompt` of each prompt, and of those the
+        best `max_boxes` of an image (None keeps all), with scores from `score_threshold` on; the
+        default keeps mostly wrong ones. ValueError names an image that can't be read or a category
+        that is blank or no text.
         """
         names = _categories(categories, image_count(images))
         _check_one_each(images, names, "category lists")
         chunks = {own: self._chunks(own, max_categories_per_prompt) for own in set(names)}
-        settings = _Settings(batch_size=batch_size, score_threshold=score_threshold, masks=masks)
+        settings = _Settings(
+            batch_size=batch_size,
+            score_threshold=score_threshold,
+            masks=masks,
+            max_boxes=max_boxes,
+            max_boxes_per_prompt=max_boxes_per_prompt,
+        )
         return self._run(
             images, [chunks[own] for own in names], [list(own) for own in names], settings
         )
@@ -167,18 +179,34 @@ class Grounder:
 
         ValueError if the model has no question answering head.
         """
-        if top < 1:
-            raise ValueError(f"top must be at least 1, not {top}")
         _check_one_each(images, questions, "questions")
         _check_texts(questions, "question")
-        texts = [tuple(self.tokenizer.encode(question).ids) for question in questions]
-        words = Words(self.model, texts)
-        answers: dict[int, list[tuple[str, float]]] = {}
+        found = self.answer_each(images, [[question] for question in questions], top, batch_size)
+        return [answers for (answers,) in found]
+
+    @torch.inference_mode()
+    def answer_each(
+        self,
+        images: Images,
+        questions: Sequence[Sequence[str]],
+        top: int = 1,
+        batch_size: int = 8,
+    ) -> list[list[list[tuple[str, float]]]]:
+        """As `answer`, with any number of questions about each image, encoded once for all."""
+        if top < 1:
+            raise ValueError(f"top must be at least 1, not {top}")
+        _check_one_each(images, questions, "lists of questions")
+        texts = [[tuple(self.tokenizer.encode(q).ids) for q in own] for own in questions]
+        words = Words(self.model, (text for own in texts for text in own))
+        answers: list[list[list[tuple[str, float]]]] = [[] for _ in texts]
         for batch in self._encoded(images, batch_size):
-            asked = words([texts[n] for n in batch.numbers])
-            found = answer(self.model, self.model.fuse_words(batch.pyramid, *asked), top)
-            answers.update(zip(batch.numbers, found, strict=True))
-        return [answers[number] for number in range(image_count(images))]
+            todo = [(row, text) for row, n in enumerate(batch.numbers) for text in texts[n]]
+            for first in range(0, len(todo), batch_size):
+                rows, group = zip(*todo[first : first + batch_size], strict=True)
+                fused = self.model.fuse_words(_rows(batch, rows).pyramid, *words(group))
+                for row, best in zip(rows, answer(self.model, fused, top), strict=True):
+                    answers[batch.numbers[row]].append(best)
+        return answers
 
     @torch.inference_mode()
     def caption(
@@ -248,7 +276,7 @@ class Grounder:
                     parts[row].append(detection)
             for number, own in zip(batch.numbers, parts, strict=True):
                 picture = pictures[number]
-                best = merge(own, names[number])
+                best = merge(own, names[number], settings.max_boxes)
                 results[number] = in_own_pixels(best, picture.size, picture.own_size)
         return list(results.values())
 
@@ -264,7 +292,14 @@ class Grounder:
         outputs = self.model.fuse(images.pyramid, *words([q.text for q in questions]))
         maps = [torch.from_numpy(token_map(q.tokens, q.prompt.spans)) for q in questions]
         phrases = [q.prompt.phrases for q in questions]
-        found = detections(outputs, maps, phrases, images.sizes_B2, settings.score_threshold)
+        found = detections(
+            outputs,
+            maps,
+            phrases,
+            images.sizes_B2,
+            settings.score_threshold,
+            settings.max_boxes_per_prompt,
+        )
         if settings.cross_phrase_nms is not None:
             found = [suppress_across_phrases(d, settings.cross_phrase_nms) for d in found]
         if settings.masks:

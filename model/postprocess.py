@@ -23,8 +23,9 @@ def detections(
     names: Sequence[list[str]],
     sizes_B2: Tensor,
     score_threshold: float = 0.0,
+    max_boxes: int = MAX_DETECTIONS,
 ) -> list[Detection]:
-    """The boxes of each image, at most 100 and those tied with the last of them.
+    """The boxes of each image, at most `max_boxes` and those tied with the last of them.
 
     `phrase_tokens[b]` is the bool (P, T) map of phrases to tokens of text b and `names[b]` its P
     phrases; a phrase without tokens finds nothing. Boxes are in pixels of the resized image, inside
@@ -35,7 +36,7 @@ def detections(
     for b, (tokens_PT, phrases) in enumerate(zip(phrase_tokens, names, strict=True)):
         boxes, scores, labels = candidates(outputs, b, tokens_PT, sizes_B2[b])
         kept = suppress(boxes, scores, labels, NMS_THRESHOLD)
-        kept = _best(kept, scores, score_threshold)
+        kept = _best(kept, scores, score_threshold, max_boxes)
         found.append(
             Detection(
                 boxes_K4=boxes[kept].cpu(),
@@ -74,8 +75,11 @@ def suppress_across_phrases(detection: Detection, overlap: float) -> Detection:
     return _choose(detection, kept)
 
 
-def merge(parts: Sequence[Detection], names: list[str]) -> Detection:
-    """The best 100 boxes of several detections in one image, labelled with the same `names`."""
+def merge(
+    parts: Sequence[Detection], names: list[str], max_boxes: int | None = MAX_DETECTIONS
+) -> Detection:
+    """The best boxes of several detections in one image, labelled with the same `names`; with None
+    all of them."""
     masks = [part.masks_KHW for part in parts if part.masks_KHW is not None]
     everything = Detection(
         boxes_K4=torch.cat([part.boxes_K4 for part in parts]),
@@ -85,7 +89,7 @@ def merge(parts: Sequence[Detection], names: list[str]) -> Detection:
         masks_KHW=torch.cat(masks) if masks else None,
     )
     order = everything.scores_K.argsort(descending=True, stable=True)
-    return _choose(everything, order[:MAX_DETECTIONS])
+    return _choose(everything, order[:max_boxes])
 
 
 def in_own_pixels(
@@ -140,9 +144,10 @@ def _best_pairs(
     return pairs // max(P, 1), pairs % max(P, 1)
 
 
-def _best(kept: Tensor, scores: Tensor, score_threshold: float) -> Tensor:
-    """The first 100 of `kept`, which is sorted, those tied with the last, above the threshold."""
+def _best(kept: Tensor, scores: Tensor, score_threshold: float, max_boxes: int) -> Tensor:
+    """The first `max_boxes` of `kept`, which is sorted, and those tied with the last, above the
+    threshold."""
     limit = score_threshold
-    if len(kept) > MAX_DETECTIONS:
-        limit = max(limit, float(scores[kept[MAX_DETECTIONS - 1]]))
+    if len(kept) > max_boxes:
+        limit = max(limit, float(scores[kept[max_boxes - 1]]))
     return kept[scores[kept] >= limit]

@@ -15,6 +15,7 @@ from glipv2.model import folders
 from glipv2.model.folders import COMMIT, MODEL_FILES, WEIGHTS, step_name
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.pins import pins
 
 if TYPE_CHECKING:  # the launcher looks for checkpoints without loading torch
     from glipv2.model.glip import GLIPv2
@@ -168,6 +169,16 @@ def weights_identity(url: str) -> list[Any]:
     return [0, {"bytes": storage.size(weights), "crc32c": storage.file_crc32c(weights)}]
 
 
+def model_digest(url: str) -> str:
+    """What tells a folder's model from others: 16 hex digits of its files' sizes and checksums."""
+    if storage.exists(storage.join(url, COMMIT)):
+        listed = open_checkpoint(url).files
+    else:
+        urls = {name: storage.join(url, name) for name in MODEL_FILES}
+        listed = {n: (storage.size(u), storage.file_crc32c(u)) for n, u in urls.items()}
+    return storage.digest([listed.get(name) for name in MODEL_FILES])
+
+
 def load_model(url: str) -> tuple["GLIPv2", "Tokenizer"]:
     """The model that a checkpoint argument means, in evaluation mode.
 
@@ -184,13 +195,15 @@ def load_model(url: str) -> tuple["GLIPv2", "Tokenizer"]:
 
 
 def prune_checkpoints(run_dir: str, keep: int) -> None:
-    """Delete all but the newest `keep` committed steps, and what older saves left unfinished.
+    """Delete all but the newest `keep` committed steps and those with a pin, and what older saves
+    left unfinished.
 
     COMMIT.json goes first, so no step is torn; half-written steps are never counted.
     """
     committed = committed_steps(run_dir)
+    kept = {*committed[-keep:], *pins(run_dir).values()}
     for step in folders.begun_steps(run_dir, storage.list_names):
-        if step < committed[-1] and step not in committed[-keep:]:
+        if step < committed[-1] and step not in kept:
             folder = storage.join(run_dir, "checkpoints", step_name(step))
             names = storage.list_names(folder)
             for name in sorted(names, key=lambda name: name != COMMIT):

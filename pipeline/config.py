@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from glipv2.model.config import LossWeights, ModelConfig
 from glipv2.pipeline.errors import require
+from glipv2.pipeline.eval_config import EvalConfig, ScheduleConfig
 from glipv2.pipeline.train_config import (
     TUNED_PARTS,
     LogConfig,
@@ -235,29 +236,6 @@ class LabelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """What a checkpoint is scored on."""
-
-    detection: str = ""
-    """Shard set with categories and captions (the toy validation set)."""
-    real_detection: str = ""
-    """Shard set with categories only (BCCD held out)."""
-    label_truth: dict[str, str] = field(default_factory=dict)
-    """Labelled shard set -> shard set with the truth of its pairs (same keys)."""
-    chunk_size: int = 18
-    """Categories per prompt of the "chunked" protocol."""
-    curve_images: int = 64
-    """Images of `detection` that earlier checkpoints are scored on, for the curve over steps."""
-    num_actors: int = 2
-    gpus_per_actor: float = 0.0
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        for key in ("chunk_size", "curve_images", "num_actors", "batch_size"):
-            require(getattr(self, key) > 0, f"eval.{key}", "positive", getattr(self, key))
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     run_dir: str
     """Folder of everything the run writes."""
@@ -273,6 +251,7 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Named sets of overrides, such as teacher and student; a phase writes to RUN_DIR/PHASE."""
     rounds: int = 1

@@ -62,7 +62,7 @@ def config_from_tree(
     if phase is None:
         return config
     # again, because overrides win over the phase; those of the whole run have done their work
-    own = [text for text in overrides if not text.startswith(("run_dir=", "phases."))]
+    own = [text for text in overrides if not text.startswith(("run_dir=", "phases.", "rounds="))]
     phased = _apply_overrides(_apply_phase(config, phase), own)
     init, teacher = phased.train.init, phased.label.teacher  # names of the whole run's phases
     return dataclasses.replace(
@@ -88,6 +88,7 @@ def _apply_phase(config: RunConfig, phase: str) -> RunConfig:
         run_dir=config.run_url(phase),
         data=dataclasses.replace(applied.data, root=config.data_root),
         phases={},
+        rounds=1,
     )
 
 

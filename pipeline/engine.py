@@ -36,6 +36,7 @@ def init_distributed() -> None:
     # its shared-memory collective is compiled for minutes at first use and only serves inference
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.join_launched_group(backend)
     deepspeed.init_distributed(
         dist_backend=backend,
         timeout=dist.COLLECTIVE_TIMEOUT,

@@ -31,6 +31,8 @@ class TrainConfig:
     frozen: tuple[str, ...] = ()
     """Beginnings of the names of parameters that stay as they are, whatever is tuned."""
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """In bf16, 1 costs the host no more than 0 and keeps a share of the optimiser's state; in fp32,
+    0 is the fastest. 3 works several times as much for every tensor (infra/benchmarks/cpu.md)."""
     offload: Literal["none", "optimizer", "optimizer_and_parameters"] = "none"
     """What lives in the host's memory instead of the GPU's: the optimiser's state and its step
     (ZeRO 1 to 3), and the weights too (ZeRO 3)."""

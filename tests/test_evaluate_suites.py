@@ -11,7 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import finish  # noqa: E402
+from commands import finish, kill_when  # noqa: E402
 from scored_runs import (  # noqa: E402
     IMAGES,
     SHARDS,
@@ -24,15 +24,18 @@ from scored_runs import (  # noqa: E402
 )
 
 from glipv2.eval.detection import average_precision  # noqa: E402
+from glipv2.eval.odinw import odinw_sets  # noqa: E402
 from glipv2.jobs.evaluate import evaluate_suites, suite_table  # noqa: E402
 from glipv2.jobs.evaluate_predict import as_detection, read_predictions  # noqa: E402
 from glipv2.jobs.evaluate_suites import evaluate_suite, make_job, open_suite  # noqa: E402
+from glipv2.model.glip import GLIPv2  # noqa: E402
 from glipv2.model.grounder import Grounder  # noqa: E402
 from glipv2.pipeline import ray_map  # noqa: E402
 from glipv2.pipeline.checkpoint import write_folder  # noqa: E402
 from glipv2.pipeline.errors import ConfigError, DataError  # noqa: E402
 from glipv2.pipeline.pins import pins  # noqa: E402
 from glipv2.pipeline.shard_reader import iterate_records, open_shard_set  # noqa: E402
+from glipv2.pipeline.shards import write_shard_set  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +180,7 @@ def test_every_task_is_scored_with_the_heads_it_needs(
         "expressions": {"set": str(data / "referring"), "task": "referring"},
         "cut": {"set": str(data / "referring"), "task": "segmentation", "mask_score": 0.1},
         "vqa": {"set": str(data / "vqa"), "task": "vqa"},
+        "lvis": {"set": str(data / "lvis"), "task": "lvis", "chunk_size": 2, "max_boxes": 0},
         "captions": {"set": str(data / "captioning"), "task": "captioning", "beams": 1},
     }
     config = scored_config(tmp_path / "run", suites)
@@ -186,6 +190,8 @@ def test_every_task_is_scored_with_the_heads_it_needs(
         value = result["metrics"][result["first"]]
         assert 0 <= value <= 1, result["suite"]
     assert {"mask_ap", "ap", "ar_100"} <= set(results["boxes"]["metrics"])
+    assert {"classic_ap", "ap_common"} <= set(results["lvis"]["metrics"])
+    assert set(results["lvis"]["sets"]["lvis"]["per_category"]) == {"blue_dog"}
     assert {"recall_at_1", "merged_recall_at_1"} <= set(results["phrases"]["metrics"])
     assert results["expressions"]["metrics"]["expressions"] == 4
     assert {"mean_iou", "cumulative_iou"} <= set(results["cut"]["metrics"])
@@ -202,6 +208,34 @@ def test_every_task_is_scored_with_the_heads_it_needs(
         for entry in own.values()
     ]
     assert max(boxes) == 7 and len(boxes) == SHARDS * IMAGES
+
+
+def test_an_image_is_encoded_once_for_all_questions_about_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grounder = Grounder.load(data / "model")
+    images = [record.image for record in iterate_records(str(data / "vqa"))]
+    questions = [["what colour", "how many", "is it red"], [], ["a circle"]]
+    expected = [
+        [grounder.answer([image], [question], top=2)[0] for question in own]
+        for image, own in zip(images, questions, strict=True)
+    ]
+    encoded: list[int] = []
+    encode = GLIPv2.encode_images
+
+    def counting(self: GLIPv2, images_B3HW: torch.Tensor, *others: Any) -> Any:
+        encoded.append(len(images_B3HW))
+        return encode(self, images_B3HW, *others)
+
+    monkeypatch.setattr(GLIPv2, "encode_images", counting)
+    found = grounder.answer_each(images, questions, top=2, batch_size=2)
+    assert sum(encoded) == len(images)
+    for own, others in zip(found, expected, strict=True):
+        assert [[name for name, _ in best] for best in own] == [
+            [name for name, _ in best] for best in others
+        ]
+        for best, other in zip(own, others, strict=True):
+            assert [p for _, p in best] == pytest.approx([p for _, p in other], abs=1e-5)
 
 
 def test_lvis_keeps_as_many_boxes_as_asked_of_every_prompt(
@@ -235,6 +269,29 @@ def test_several_sets_give_their_mean_and_median(
     assert len(done) == 2  # both are the same set, so its 4 images were looked at once
 
 
+def test_odinw_is_a_folder_of_its_sets(
+    data: Path, tmp_path: Path, done: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [own.name for own in odinw_sets(13)]
+    asked: list[Any] = []
+    monkeypatch.setattr(Grounder, "detect", spy(Grounder.detect, asked))
+    monkeypatch.setattr(Grounder, "ground", spy(Grounder.ground, asked))
+    records = list(iterate_records(str(data / "few")))[:1]
+    for own in odinw_sets(13):
+        categories = ("cat", *(own.prompts or ("dog",)))
+        write_shard_set(str(data / "odinw" / own.name), records, categories, {})
+    suite = {"set": str(data / "odinw"), "odinw": 13}
+    suites = {"plain": suite, "asked": {**suite, "odinw_prompts": True}}
+    config = scored_config(tmp_path / "run", suites)
+    plain, prompted = evaluate_suites(config, {"model": str(data / "model")})["model"]
+    ap = [plain["sets"][name]["metrics"]["ap"] for name in names]
+    assert plain["metrics"]["ap"] == pytest.approx(np.mean(ap))
+    assert plain["metrics"]["ap_median"] == pytest.approx(np.median(ap))
+    assert [["cat", "package"]] in asked and prompted["protocol"] != plain["protocol"]
+    assert any("there is a package on the porch" in texts[0][0] for texts in asked)
+    assert len(done) < 2 * len(names)  # sets without prompts were asked the same before
+
+
 def test_prompts_replace_names_and_stand_around_them(
     data: Path, tmp_path: Path, done: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,8 +300,11 @@ def test_prompts_replace_names_and_stand_around_them(
     monkeypatch.setattr(Grounder, "ground", spy(Grounder.ground, asked))
     short = {"set": str(data / "few"), "limit": 1}
     renamed = {**short, "prompts": {"blue_dog": {"name": "blue thing"}}}
-    around = {**short, "prompts": {"blue_dog": {"prefix": "there is a", "suffix": ", which is flat"},
-                                   "cow": {"name": "big cow", "suffix": "on the left"}}}  # fmt: skip
+    prompts = {
+        "blue_dog": {"prefix": "there is a", "suffix": ", which is flat"},
+        "cow": {"name": "big cow", "suffix": "on the left"},
+    }
+    around = {**short, "prompts": prompts}
     config = scored_config(tmp_path / "run", {"renamed": renamed, "around": around})
     evaluate_suites(config, {"model": str(data / "model")})
     [names] = asked[0]
@@ -276,7 +336,7 @@ def spy(call: Any, asked: list[Any]) -> Any:
         ({"set": "a", "sets": {"b": "c"}}, "needs `set` or `sets`"),
         ({"set": "a", "task": "detecton"}, "eval.suites.bad.task must be one of"),
         ({"set": "a", "limit": -1}, "limit must be 0 or more"),
-        ({"set": "a", "odinw": 13}, "a suite with `odinw`"),
+        ({"sets": {"b": "c"}, "odinw": 13}, "a suite with `odinw`"),
         ({"set": "a", "chunks": 3}, "did you mean eval.suites.bad.chunk_size"),
     ],
 )
@@ -295,9 +355,34 @@ def test_a_suite_is_scored_by_real_actors_and_shown(data: Path, tmp_path: Path) 
     said = finish("evaluate", recipe)
     result = json.loads((run / "eval" / "step-000040" / "toy.json").read_text())
     assert f"  ap{'':26s}{result['metrics']['ap']:12.4f}" in said
-    printed = finish("evaluate", recipe, "--json", "-", "--suite", "toy")
-    shown = json.loads(printed[printed.index("{") :])
-    assert shown["suites"]["model"] == [result]
+    printed = finish("evaluate", recipe, "--json", "-", "--suite", "toy")  # nothing is left to do
+    assert json.loads(printed[printed.index("{") :])["suites"]["model"] == [result]
     assert "eval.suites has no 'coco'; it has: toy" in finish(
         "evaluate", recipe, "--suite", "coco", code=2
     )
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_predicts_no_shard_twice(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_folder(str(run / "checkpoints" / "step-000040"), tiny_model(1), 40)
+    recipe = tmp_path / "recipe.yaml"
+    suites = {"toy": {"set": str(data / "val")}}
+    recipe.write_text(
+        json.dumps({"run_dir": str(run), "eval": {"suites": suites, "num_actors": 1}})
+    )
+
+    def made() -> dict[str, int]:
+        found = run.glob("eval/predictions/*/*/*.gz")
+        return {path.name: path.stat().st_mtime_ns for path in found}
+
+    assert kill_when(lambda: len(made()) >= 2, "evaluate", recipe) == -9
+    before = made()
+    assert 2 <= len(before) < SHARDS
+    finish("evaluate", recipe)
+    assert before.items() <= made().items() and len(made()) == SHARDS
+    result = json.loads((run / "eval" / "step-000040" / "toy.json").read_text())
+    out = tmp_path / "undisturbed"
+    finish("evaluate", recipe, "--out", out)
+    [again] = out.glob("eval/*/toy.json")
+    assert json.loads(again.read_text())["metrics"] == result["metrics"]

@@ -46,7 +46,7 @@ def plain_loop(folder: str, steps: int, train: TrainConfig) -> list[float]:
     weights = dataclasses.asdict(worker.losses_of(train))
     optimizer = torch.optim.AdamW(
         [{"params": [parameter], "name": name} for name, parameter in model.named_parameters()],
-        betas=(0.9, 0.999), eps=1e-8, fused=False, foreach=False,
+        betas=(0.9, 0.999), eps=1e-5, fused=False, foreach=False,
     )  # fmt: skip
     data = worker.loader(folder, dataclasses.replace(train, accumulation=1))
     found = []
@@ -63,14 +63,14 @@ def plain_loop(folder: str, steps: int, train: TrainConfig) -> list[float]:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Facts G.1 for 50 steps with 5 to warm up, and GLIP-L's weight decay."""
-    rate = 0.001 + 0.999 * step / 5 if step < 5 else 1e0
+    """Facts G.1 for 50 steps with 5 to warm up, and GLIP-L's weight decay but large."""
+    rate = 0.001 + 0.999 * step / 5 if step < 5 else 1.0
     rate *= 0.1 if step >= 33.5 else 1
     rate *= 0.1 if step >= 44.5 else 1
-    decay = 0.01 * (0.1 if step >= 22.5 else 1) * (0.1 if step >= 29.5 else 1)
+    decay = 10 * (0.1 if step >= 22.5 else 1) * (0.1 if step >= 29.5 else 1)
     for group in optimizer.param_groups:
         bias = "bias" in group["name"]
-        base = 1e-5 if group["name"].startswith("text_encoder.") else 1e-4
+        base = 1e-6 if group["name"].startswith("text_encoder.") else 1e-5
         group["lr"] = base * rate * (2 if bias else 1)
         group["weight_decay"] = 0 if bias else decay
 

@@ -12,7 +12,7 @@ from commands import SMOKE, finish  # noqa: E402
 from page_parser import assert_self_contained, shown  # noqa: E402
 
 from glipv2.data_prep.toy import toy_record  # noqa: E402
-from glipv2.jobs.evaluate import cache_key  # noqa: E402
+from glipv2.jobs.evaluate_main import cache_key  # noqa: E402
 from glipv2.pipeline.config_loader import load_config  # noqa: E402
 from glipv2.pipeline.ray_cluster import start_ray  # noqa: E402
 
@@ -139,11 +139,11 @@ def test_the_curve_of_a_run_follows_its_checkpoints(run: Path) -> None:
 
 
 def test_an_address_without_a_cluster_is_refused(run: Path) -> None:
-    (run / "eval" / "metrics-student.json").rename(run / "away")
+    (run / "eval").rename(run / "away")
     try:
         said = finish("evaluate", SMOKE, f"run_dir={run}", "--address", "127.0.0.1:9", code=2)
     finally:
-        (run / "away").rename(run / "eval" / "metrics-student.json")
+        (run / "away").rename(run / "eval")
     assert "no Ray cluster can be joined at 127.0.0.1:9" in said
 
 

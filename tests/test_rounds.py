@@ -48,6 +48,8 @@ def test_each_round_has_the_student_before_as_its_teacher() -> None:
     assert first.train.init == "runs/r/teacher" and first.label.inputs == {"pairs": "grounded"}
     again = config_from_tree(yaml.safe_load(dump_config(config)), [])
     assert again == config  # the saved configuration means the same
+    third = config_from_tree(copy.deepcopy(TREE), ["rounds=3"], "student_3")
+    assert config_from_tree(yaml.safe_load(dump_config(third)), []) == third  # what ranks read
 
 
 def test_one_round_adds_nothing() -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from glipv2.jobs.evaluate import real_name
+from glipv2.jobs.evaluate_main import real_name
 from glipv2.jobs.summary import summarise, summary_table
-from glipv2.pipeline.config import EvalConfig, RunConfig
+from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.eval_config import EvalConfig
 
 FULL = {
     "caption_seen_ap50": 0.98764,

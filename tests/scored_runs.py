@@ -1,0 +1,119 @@
+"""Tiny sets, models and runs to evaluate, shared by the tests of evaluate and schedule."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glipv2.data_prep.toy import toy_record
+from glipv2.jobs.prepare import prepare_set
+from glipv2.model.config import InputConfig, preset
+from glipv2.model.folders import step_url
+from glipv2.model.glip import build_model
+from glipv2.model.tokenizer import Tokenizer, tiny_vocab
+from glipv2.model.weights import model_files
+from glipv2.pipeline.checkpoint import write_folder
+from glipv2.pipeline.config import PrepareConfig, RunConfig
+from glipv2.pipeline.config_loader import config_from_tree
+from glipv2.pipeline.records import Question, Record, Region
+from glipv2.pipeline.shards import write_shard_set
+
+SHARDS, IMAGES = 4, 3
+"""Of the detection set: shards, and images of each."""
+HEADS: dict[str, Any] = {"masks": True, "answers": ("red", "blue", "two"), "captions": True}
+
+
+@cache
+def tiny_model(seed: int, heads: bool = False) -> dict[str, bytes]:
+    """The files of a model with random weights that is sure of itself."""
+    settings = InputConfig(short_side=64, long_side=64, pad_to=(64, 64))
+    config = dataclasses.replace(preset("tiny"), input=settings, **(HEADS if heads else {}))
+    model = build_model(config, seed)
+    torch.nn.init.zeros_(model.alignment_head.bias0)
+    tokenizer = Tokenizer.from_vocab(tiny_vocab(), model.config.text_encoder.max_tokens)
+    return model_files(model, tokenizer)
+
+
+def save_step(run: str, step: int, seed: int | None = None) -> str:
+    """A committed step of a run; its weights follow from the step, or from `seed`."""
+    url = step_url(run, step)
+    write_folder(url, tiny_model(step if seed is None else seed), step)
+    return url
+
+
+def write_detection(folder: Path) -> str:
+    """A set of SHARDS x IMAGES toy scenes."""
+    options = PrepareConfig(source="toy", set="toy_val", count=SHARDS * IMAGES, size=64, seed=1)
+    prepare_set(str(folder), options, samples_per_shard=IMAGES)
+    return str(folder)
+
+
+def scene(number: int, **changes: Any) -> Record:
+    """A toy picture with one true region, for tasks other than detection."""
+    whole = toy_record("toy_val", number, seed=1, size=64)
+    region = dataclasses.replace(whole.regions[0], category=None)
+    return dataclasses.replace(whole, regions=(region,), provenance={}, **changes)
+
+
+def write_tasks(folder: Path) -> dict[str, str]:
+    """Task -> a small set of that kind."""
+    referring = []
+    for number in range(4):
+        plain = scene(number, task="referring")
+        [region] = plain.regions
+        words = plain.caption[slice(*region.spans[0])]
+        own = Region(box=region.box, spans=((0, len(words)),), phrase=words, mask=region.mask)
+        referring.append(dataclasses.replace(plain, caption=words, regions=(own,)))
+    asked = [
+        scene(n, task="vqa", caption="", questions=(
+            Question(id=f"{n}1", text="what colour is it", answers=("red",) * 7 + ("blue",) * 3),
+            Question(id=f"{n}2", text="how many", answers=("two",) * 10),
+        ))
+        for n in range(3)
+    ]  # fmt: skip
+    told = [
+        scene(n, task="captioning", caption="a red square", captions=("a red square", "a shape"))
+        for n in range(3)
+    ]
+    sets = {"referring": referring, "vqa": asked, "captioning": told}
+    few = [
+        dataclasses.replace(
+            r, task="detection", caption="",
+            regions=(dataclasses.replace(r.regions[0], category=1, spans=(), phrase=""),),
+            provenance={"neg_categories": [0], "not_exhaustive_categories": []},
+        )
+        for r in referring
+    ]  # fmt: skip
+    sets |= {"few": few, "lvis": few}
+    info = {"lvis": {"frequency": ["r", "c", "f"]}}
+    for name, records in sets.items():
+        categories = ("cat", "blue_dog", "cow") if records is few else ()
+        if name in ("vqa", "captioning"):
+            records = [dataclasses.replace(record, regions=()) for record in records]
+        write_shard_set(
+            str(folder / name), records, categories, info.get(name, {}), samples_per_shard=2
+        )
+    return {name: str(folder / name) for name in sets}
+
+
+def scored_config(run_dir: object, eval_suites: dict[str, Any], **schedule: Any) -> RunConfig:
+    """A recipe that scores `run_dir` on suites."""
+    tree = {"run_dir": str(run_dir), "eval": {"suites": eval_suites, "num_actors": 2},
+            "schedule": schedule}  # fmt: skip
+    return config_from_tree(tree, [])
+
+
+def counting_map(done: list[Any]) -> Callable[..., Iterator[tuple[Any, Any]]]:
+    """`map_on_ray` in this process; every item that was done is added to the list."""
+
+    def run(make_worker: Any, items: Iterable[Any], **_: Any) -> Iterator[tuple[Any, Any]]:
+        worker = make_worker()
+        for item in items:
+            result = worker(item)
+            done.append(item)
+            yield item, result
+
+    return run

@@ -3,7 +3,7 @@
 Two processes with gloo and one thread each, a network of 700 parameter tensors whose arithmetic is
 next to nothing, so that what is done for every tensor and every step stands out. Ours is the whole
 `train_step`: rates, losses averaged over ranks, finite check, clipping, update. The peer does
-forward, backward, clipping and update. All take turns in the same processes.
+forward, backward, clipping and update, in fp32. All take turns in the same processes.
 """
 
 import json
@@ -26,8 +26,8 @@ from glipv2.pipeline.optim import build_optimizer
 from glipv2.pipeline.train_config import TrainConfig
 
 BLOCKS, WIDTH, IMAGES = 175, 64, 4
-STAGES = (0, 1, 2, 3)
-STEPS, REPEATS = 10, 5
+WORKS = [(precision, stage) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
+STEPS, REPEATS = 5, 5
 
 
 def bench_engine() -> None:
@@ -41,12 +41,17 @@ def bench_engine() -> None:
         raise RuntimeError(done.stderr[-3000:])
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     tensors = BLOCKS * 4
-    for stage in STAGES:
-        wall, cpu = found[str(stage)]
-        name = f"engine, ZeRO {stage}, {tensors} tensors, 2 processes"
-        row(name, wall, found["DDP"][0], "bare DDP")
+    for precision, stage in WORKS:
+        wall, cpu = found[f"{precision} {stage}"]
+        row(
+            f"engine, {precision}, ZeRO {stage}, {tensors} tensors",
+            wall,
+            found["DDP"][0],
+            "bare DDP",
+        )
         added = (wall - found["DDP"][0]) / tensors
-        note("  added per tensor; processor time", f"{added * 1e6:.0f} us; {cpu / wall:.2f} of it")
+        ratio = cpu / found["DDP"][1]
+        note("  added per tensor", f"{added * 1e6:5.0f} us; processor time {ratio:.2f} x DDP's")
 
 
 class Blocks(nn.Module):
@@ -57,6 +62,7 @@ class Blocks(nn.Module):
         )
 
     def forward(self, x_BD: Tensor, *_: object) -> dict[str, Tensor]:
+        x_BD = x_BD.to(self.blocks[0][1].weight.dtype)  # type: ignore[index]
         target_BD = x_BD.flip(1)
         for block in self.blocks:
             x_BD = x_BD + 0.1 * block(x_BD)
@@ -68,12 +74,14 @@ def new_network() -> Blocks:
     return Blocks()
 
 
-def settings(stage: int) -> TrainConfig:
-    return TrainConfig(global_batch=2 * IMAGES, zero_stage=stage, precision="fp32", warmup_steps=0)  # type: ignore[arg-type]
+def settings(precision: Any, stage: Any) -> TrainConfig:
+    return TrainConfig(
+        global_batch=2 * IMAGES, zero_stage=stage, precision=precision, warmup_steps=0
+    )
 
 
-def our_step(stage: int) -> Callable[[Tensor], Any]:
-    train = settings(stage)
+def our_step(precision: str, stage: int) -> Callable[[Tensor], Any]:
+    train = settings(precision, stage)
     engine = build_engine(new_network(), train)
     collectives = dist.collectives()
     return lambda x_BD: train_step(engine, [x_BD], 0, train, LossWeights(), collectives)  # type: ignore[list-item]
@@ -81,7 +89,7 @@ def our_step(stage: int) -> Callable[[Tensor], Any]:
 
 def peer_step() -> Callable[[Tensor], Any]:
     network = DistributedDataParallel(new_network(), gradient_as_bucket_view=True)
-    optimizer = build_optimizer(network, settings(0))
+    optimizer = build_optimizer(network, settings("fp32", 0))
 
     def step(x_BD: Tensor) -> None:
         loss = 2 * network(x_BD)["box"]
@@ -97,7 +105,8 @@ def main() -> None:
     dist.die_with_parent()
     torch.set_num_threads(1)
     init_distributed()
-    works = {"DDP": peer_step()} | {str(stage): our_step(stage) for stage in STAGES}
+    works = {"DDP": peer_step()}
+    works |= {f"{precision} {stage}": our_step(precision, stage) for precision, stage in WORKS}
     x_BD = torch.randn(IMAGES, WIDTH, generator=torch.Generator().manual_seed(dist.rank()))
     for work in works.values():
         timed(work, x_BD)

@@ -34,7 +34,7 @@ from glipv2.pipeline.runlog import LOSSES, read_losses
 ROOT = Path(__file__).parent.parent
 SETS = ("toy_detection", "toy_grounding")
 MOMENTS = ("loading", "step", "save")
-STEPS_PER_KILL, CHECKPOINT_EVERY = 3, 2
+STEPS_PER_KILL, CHECKPOINT_EVERY = 4, 2
 LONGEST_WAIT = 600.0
 PROMISED = 60.0
 """Seconds from a kill to the first new step."""

@@ -213,3 +213,24 @@ def test_a_run_is_not_resumed_as_another_run(recipe: Path, undisturbed: Path) ->
     assert "seed: 3 there, 4 now" in said
     assert "train.learning_rate" in said
     assert "is at step 12 already" in finish("pretrain", recipe, "train.steps=6", code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_world_size_and_zero_stage_change_twice_and_sixty_losses_stay(
+    recipe: Path, folder: Path
+) -> None:
+    """At low rates: at the toy recipe's own, rounding alone grows to 1e-3 by then, as it does in a
+    plain loop that sums in another order."""
+    rates = [f"train.{part}learning_rate=1e-5" for part in ("", "text_", "head_")]
+    settings = ["train.steps=60", "train.checkpoint_every=5", "train.eps=1e-5", *rates]
+    finish("pretrain", recipe, f"run_dir={folder / 'steady'}", *settings, "train.zero_stage=1")
+    run = folder / "changing"
+    command = ("pretrain", recipe, f"run_dir={run}", *settings)
+    kill_when(checkpoint_committed(run, 15), *command, "train.zero_stage=1")
+    kill_when(checkpoint_committed(run, 35), *command, "train.processes=1", "train.zero_stage=3")
+    finish(*command, "train.zero_stage=2")
+    expected, found = read_losses(str(folder / "steady")), read_losses(str(run))
+    assert [entry["step"] for entry in found] == list(range(60))
+    for want, got in zip(expected, found, strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-6), want["step"]

@@ -129,11 +129,10 @@ def _pieces(config: RunConfig, checkpoint: str, suite: SuiteConfig) -> list[Piec
 
 def _kept_steps(checkpoint: str) -> dict[int, str]:
     """Step -> URL of the checkpoints that a run folder keeps; nothing else has any."""
-    from glipv2.model.folders import step_url
-    from glipv2.pipeline.checkpoint import committed_steps
+    from glipv2.pipeline.checkpoint import committed_steps, step_name
 
     steps = [] if checkpoint == RANDOM else committed_steps(checkpoint)
-    return {s: step_url(checkpoint, s) for s in steps}
+    return {s: storage.join(checkpoint, "checkpoints", step_name(s)) for s in steps}
 
 
 def _curve(work: Work) -> list[dict[str, float]]:

@@ -24,6 +24,7 @@ from bench_measure import note, row
 from torch import Tensor, nn
 
 from glipv2.model.config import LossWeights
+from glipv2.model.folders import step_url
 from glipv2.pipeline import dist, storage
 from glipv2.pipeline.engine import build_engine, init_distributed, train_step
 from glipv2.pipeline.position import Position
@@ -176,7 +177,7 @@ def main(url: str) -> None:
         durable, upload = [], []
         for _ in range(3):
             durable.append(bench.ours_alone())
-            folder = storage.join(url, "checkpoints", f"step-{bench.saves:06d}")
+            folder = step_url(url, bench.saves)
             big = [n for n in storage.list_names(folder) if n.endswith(".safetensors")]
             upload.append(bench.upload([storage.join(folder, name) for name in big]))
         found = {"durable": statistics.median(durable), "upload": statistics.median(upload)}

@@ -23,6 +23,7 @@ from unittest import mock
 import numpy as np
 import torch
 from bench_measure import note, peak_memory, row, seconds
+from untrained_teacher import save_teacher
 
 from glipv2.data_prep.labelling import ShardLabeller, ShardTask
 from glipv2.data_prep.phrases import load_parser
@@ -31,13 +32,9 @@ from glipv2.jobs import label
 from glipv2.jobs.label_plan import Plan
 from glipv2.jobs.prepare import prepare_set
 from glipv2.model.batch import Detection
-from glipv2.model.config import preset
-from glipv2.model.glip import build_model
 from glipv2.model.grounder import Grounder
 from glipv2.model.image_input import ImageInput, Images, Picture, read_image
 from glipv2.model.prompts import Caption
-from glipv2.model.tokenizer import Tokenizer, tiny_vocab
-from glipv2.model.weights import model_files
 from glipv2.pipeline import ray_map
 from glipv2.pipeline.config import LabelConfig, PhraseConfig, PrepareConfig, RunConfig
 from glipv2.pipeline.images import decode_image
@@ -71,15 +68,6 @@ def web_pairs(url: str, shards: int, per_shard: int, size: int) -> ShardSet:
         source="toy", set="toy_pairs", count=shards * per_shard, size=size, seed=1
     )
     return prepare_set(url, options, samples_per_shard=per_shard)
-
-
-def save_teacher(folder: Path) -> None:
-    model = build_model(preset("tiny"), seed=0)
-    torch.nn.init.zeros_(model.alignment_head.bias0)
-    folder.mkdir()
-    tokenizer = Tokenizer.from_vocab(tiny_vocab(), model.config.text_encoder.max_tokens)
-    for name, data in model_files(model, tokenizer).items():
-        (folder / name).write_bytes(data)
 
 
 def bench_rate(pairs: ShardSet, settings: LabelConfig, folder: str) -> None:

@@ -129,10 +129,11 @@ def _pieces(config: RunConfig, checkpoint: str, suite: SuiteConfig) -> list[Piec
 
 def _kept_steps(checkpoint: str) -> dict[int, str]:
     """Step -> URL of the checkpoints that a run folder keeps; nothing else has any."""
-    from glipv2.pipeline.checkpoint import committed_steps, step_name
+    from glipv2.model.folders import step_url
+    from glipv2.pipeline.checkpoint import committed_steps
 
     steps = [] if checkpoint == RANDOM else committed_steps(checkpoint)
-    return {s: storage.join(checkpoint, "checkpoints", step_name(s)) for s in steps}
+    return {s: step_url(checkpoint, s) for s in steps}
 
 
 def _curve(work: Work) -> list[dict[str, float]]:

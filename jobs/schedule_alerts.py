@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from glipv2.model.folders import step_name
+from glipv2.model.folders import step_url
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.pins import pin
@@ -46,7 +46,7 @@ def keep_best(run: str, metric: str, values: Mapping[int, float], there: set[int
         "metric": metric,
         "value": known[best],
         "step": best,
-        "checkpoint": storage.join(run, "checkpoints", step_name(best)),
+        "checkpoint": step_url(run, best),
     }
     if storage.exists(url) and storage.read_json(url) == content:
         return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glipv2.model import folders
-from glipv2.model.folders import COMMIT, MODEL_FILES, WEIGHTS, step_name
+from glipv2.model.folders import COMMIT, MODEL_FILES, WEIGHTS, step_url
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.pins import pins
@@ -117,7 +117,7 @@ def newest_checkpoint(
     """
     problems: list[str] = []
     for step in reversed(committed_steps(run_dir)):
-        url = storage.join(run_dir, "checkpoints", step_name(step))
+        url = step_url(run_dir, step)
         try:
             checkpoint = open_checkpoint(url)
             found = problems_of(checkpoint)
@@ -204,7 +204,7 @@ def prune_checkpoints(run_dir: str, keep: int) -> None:
     kept = {*committed[-keep:], *pins(run_dir).values()}
     for step in folders.begun_steps(run_dir, storage.list_names):
         if step < committed[-1] and step not in kept:
-            folder = storage.join(run_dir, "checkpoints", step_name(step))
+            folder = step_url(run_dir, step)
             names = storage.list_names(folder)
             for name in sorted(names, key=lambda name: name != COMMIT):
                 storage.delete(storage.join(folder, name))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glipv2.model.folders import WEIGHTS, step_name
+from glipv2.model.folders import WEIGHTS, step_url
 from glipv2.model.weights import weights_file
 from glipv2.pipeline import dist, storage
 from glipv2.pipeline.checkpoint import (
@@ -132,7 +132,7 @@ class Saver:
     def _write(
         self, step: int, attempt: str, fragments: Sequence[Fragment], state: Mapping[str, Any]
     ) -> None:
-        url = storage.join(self.run_dir, "checkpoints", step_name(step))
+        url = step_url(self.run_dir, step)
         try:
             self.host = self.host or HostCopy(fragments)
             self.host.fill(fragments)

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from glipv2.model.folders import step_url
+
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "tests" / "recipes" / "smoke.yaml"
 TIMEOUT = 240.0
@@ -104,4 +106,12 @@ def descendants(pid: int) -> list[int]:
         children = parents.get(queue.pop(0), [])
         found += children
         queue += children
+    return found
+
+
+def saved_state(run: Path, step: int) -> list[bytes]:
+    """What every rank saved; the names of the files are those of an attempt."""
+    ranks = Path(step_url(str(run), step)).glob("state-*.safetensors")
+    found = [path.read_bytes() for path in sorted(ranks, key=lambda path: path.name[-17:])]
+    assert found
     return found

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import ROOT, TIMEOUT, smoke_recipe  # noqa: E402
+from commands import ROOT, TIMEOUT, saved_state, smoke_recipe  # noqa: E402
 
 from glipv2.jobs.prepare import prepare_set  # noqa: E402
 from glipv2.model.batch import Batch  # noqa: E402
@@ -137,18 +137,17 @@ def train(recipe: Path, run: Path, *settings: str) -> str:
     return done.stderr
 
 
-def state(run: Path, step: int) -> list[bytes]:
-    found = list(Path(step_url(str(run), step)).glob("state-*.safetensors"))
-    return [path.read_bytes() for path in found]
-
-
 def test_a_step_without_update_changes_nothing_and_a_spike_is_gone_back_from_and_replays(
     recipe: Path, tmp_path: Path
 ) -> None:
     said = train(recipe, tmp_path / "run", "nan=3", "spike=9")
     assert "step 3: loss 'loss' is nan" in said
-    assert len(state(tmp_path / "run", 3)) == 1
-    assert state(tmp_path / "run", 4) == state(tmp_path / "run", 3) != state(tmp_path / "run", 5)
+    assert len(saved_state(tmp_path / "run", 3)) == 1
+    assert (
+        saved_state(tmp_path / "run", 4)
+        == saved_state(tmp_path / "run", 3)
+        != saved_state(tmp_path / "run", 5)
+    )
     [skip] = read_skips(str(tmp_path / "run"))
     assert (skip.step, skip.batches, skip.spike_step) == (7, 3, 9)
     assert "step 9: the loss is" in said
@@ -162,7 +161,7 @@ def test_a_step_without_update_changes_nothing_and_a_spike_is_gone_back_from_and
     (tmp_path / "replay" / health.SKIPS).write_bytes(skips)
     train(recipe, tmp_path / "replay", "nan=3")
     assert read_losses(str(tmp_path / "replay")) == losses
-    assert state(tmp_path / "replay", 12) == state(tmp_path / "run", 12)
+    assert saved_state(tmp_path / "replay", 12) == saved_state(tmp_path / "run", 12)
 
 
 def test_a_kill_right_after_going_back_was_decided_does_not_resume_beyond_it(

@@ -17,12 +17,12 @@ from commands import (  # noqa: E402
     finish,
     kill_when,
     rank_process,
+    saved_state,
     smoke_recipe,
     start,
 )
 
 from glipv2.jobs.prepare import prepare_set  # noqa: E402
-from glipv2.model.folders import step_name  # noqa: E402
 from glipv2.pipeline import preemption, storage  # noqa: E402
 from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
 from glipv2.pipeline.config import PrepareConfig  # noqa: E402
@@ -59,14 +59,6 @@ def recipe(folder: Path) -> Path:
 def undisturbed(recipe: Path, folder: Path) -> Path:
     finish("pretrain", recipe)
     return folder / "undisturbed"
-
-
-def saved_state(run: Path, step: int) -> list[bytes]:
-    """What every rank saved; the names of the files are those of an attempt."""
-    ranks = (run / "checkpoints" / step_name(step)).glob("state-*.safetensors")
-    found = [path.read_bytes() for path in sorted(ranks, key=lambda path: path.name[-17:])]
-    assert found
-    return found
 
 
 def step_logged(run: Path, step: int) -> Callable[[], bool]:

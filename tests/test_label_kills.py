@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -25,14 +24,11 @@ from commands import (  # noqa: E402
     start,
 )
 from dying_label import POINTS  # noqa: E402
+from untrained_teacher import save_teacher  # noqa: E402
 
 from glipv2.data_prep import noun_phrases  # noqa: E402
 from glipv2.jobs.label import label  # noqa: E402
 from glipv2.jobs.prepare import prepare_set  # noqa: E402
-from glipv2.model.config import preset  # noqa: E402
-from glipv2.model.glip import build_model  # noqa: E402
-from glipv2.model.tokenizer import Tokenizer, tiny_vocab  # noqa: E402
-from glipv2.model.weights import model_files  # noqa: E402
 from glipv2.pipeline.config import PrepareConfig  # noqa: E402
 from glipv2.pipeline.config_loader import load_config  # noqa: E402
 from glipv2.pipeline.errors import ConfigError  # noqa: E402
@@ -48,12 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("label")
     options = PrepareConfig(source="toy", set="toy_pairs", count=4 * SHARDS, size=64, seed=1)
     prepare_set(str(folder / "pairs"), options, samples_per_shard=4)
-    model = build_model(preset("tiny"), seed=0)
-    torch.nn.init.zeros_(model.alignment_head.bias0)
-    tokenizer = Tokenizer.from_vocab(tiny_vocab(), model.config.text_encoder.max_tokens)
-    (folder / "teacher").mkdir()
-    for name, data in model_files(model, tokenizer).items():
-        (folder / "teacher" / name).write_bytes(data)
+    save_teacher(folder / "teacher")
     return folder
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from untrained_teacher import save_teacher
 
 sys.path.insert(0, str(Path(__file__).parent))
 from page_parser import shown
@@ -21,11 +21,7 @@ from glipv2.jobs.label_estimate import Sample, print_estimate
 from glipv2.jobs.label_plan import make_plan
 from glipv2.jobs.label_report import Shown
 from glipv2.jobs.prepare import prepare_set
-from glipv2.model.config import preset
-from glipv2.model.glip import build_model
 from glipv2.model.grounder import Grounder
-from glipv2.model.tokenizer import Tokenizer, tiny_vocab
-from glipv2.model.weights import model_files
 from glipv2.pipeline import ray_map
 from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.config_loader import load_config
@@ -52,12 +48,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
     options = PrepareConfig(source="toy", set="toy_pairs", count=PAIRS, size=64, seed=1)
     prepare_set(str(folder / "pairs"), options, samples_per_shard=PAIRS // SHARDS)
-    model = build_model(preset("tiny"), seed=0)
-    torch.nn.init.zeros_(model.alignment_head.bias0)
-    tokenizer = Tokenizer.from_vocab(tiny_vocab(), model.config.text_encoder.max_tokens)
-    (folder / "teacher").mkdir()
-    for name, data in model_files(model, tokenizer).items():
-        (folder / "teacher" / name).write_bytes(data)
+    save_teacher(folder / "teacher")
     return folder
 
 

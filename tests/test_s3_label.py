@@ -16,14 +16,11 @@ from commands import error_line, finish, kill_when  # noqa: E402
 from fault_proxy import Proxy, Rule  # noqa: E402
 from s3_server import content, watched, without_attempt  # noqa: E402
 from s3fs import S3FileSystem  # noqa: E402
+from untrained_teacher import save_teacher  # noqa: E402
 
 from glipv2.data_prep.toy import toy_records  # noqa: E402
 from glipv2.jobs.cli import main  # noqa: E402
 from glipv2.jobs.label import label  # noqa: E402
-from glipv2.model.config import preset  # noqa: E402
-from glipv2.model.glip import build_model  # noqa: E402
-from glipv2.model.tokenizer import Tokenizer, tiny_vocab  # noqa: E402
-from glipv2.model.weights import model_files  # noqa: E402
 from glipv2.pipeline import ray_map, retries, storage  # noqa: E402
 from glipv2.pipeline.config_loader import load_config  # noqa: E402
 from glipv2.pipeline.shards import (  # noqa: E402
@@ -67,12 +64,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n in range(SHARDS)
     ]
     write_manifest(str(folder / "pairs"), shards, (), {})
-    model = build_model(preset("tiny"), seed=0)
-    torch.nn.init.zeros_(model.alignment_head.bias0)
-    tokenizer = Tokenizer.from_vocab(tiny_vocab(), model.config.text_encoder.max_tokens)
-    (folder / "teacher").mkdir()
-    for name, data in model_files(model, tokenizer).items():
-        (folder / "teacher" / name).write_bytes(data)
+    save_teacher(folder / "teacher")
     label_here(recipe(str(folder)))
     return folder
 

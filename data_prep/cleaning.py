@@ -12,7 +12,7 @@ from functools import cache
 from locale import locale_alias
 from typing import Any
 
-from glipv2.data_prep.looks import Look, Looks, look_of, perceptual_hash
+from glipv2.data_prep.looks import Look, Looks, Numbers, look_of, perceptual_hash
 from glipv2.data_prep.reasons import Dropped
 from glipv2.data_prep.source import Row
 from glipv2.pipeline import storage
@@ -104,11 +104,10 @@ def write_looks(url: str, record: Callable[[Row, Dropped], Record], rows: Iterab
 
 
 class Repeats:
-    """Which samples occurred before; asked in the order of the source."""
+    """Which samples occurred before; asked in the order of the source. About 50 bytes a sample."""
 
     def __init__(self, distance: int) -> None:
-        self.samples: set[tuple[int, int]] = set()
-        self.files: set[int] = set()
+        self.samples, self.files = Numbers(), Numbers()
         self.looks = Looks(distance)
 
     def find(self, looks_url: str) -> Iterator[tuple[int, str]]:
@@ -120,14 +119,16 @@ class Repeats:
             if entry is None:
                 continue
             look = Look(*entry)
-            if look[:2] in self.samples:
+            seen = look.file in self.files
+            if look.sample in self.samples:
                 yield number, "duplicate"
-            elif look.file not in self.files and self.looks.has(look.hash):
+            elif not seen and self.looks.has(look.hash):
                 yield number, "duplicate_look"
             else:
-                self.samples.add((look.file, look.text))
-                self.files.add(look.file)
-                self.looks.add(look.hash)
+                self.samples.add(look.sample)
+                if not seen:
+                    self.files.add(look.file)
+                    self.looks.add(look.hash)
 
 
 def _check_image(record: Record, rules: CleanConfig) -> None:

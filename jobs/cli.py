@@ -25,6 +25,9 @@ COMMANDS = {
     "label": "let a teacher ground the phrases of image-text pairs (Ray)",
     "evaluate": "score a checkpoint on suites: COCO, LVIS, ODinW, Flickr30k, VQA, ... (Ray)",
     "schedule": "watch runs and score each new checkpoint once, the newest first (Ray)",
+    "adapt": "tune a model to detection sets with few examples or all, and compare (Ray)",
+    "submit": "a stage as a job of a Ray cluster that has none of our code",
+    "jobs": "list, show and stop what was submitted",
     "run": "the main job: prepare, teacher, label, student and control, evaluate, report",
     "report": "one static page of a finished main job",
     "ground": "boxes for one image and a text",
@@ -89,6 +92,25 @@ in RUN/eval/step-001000/SUITE.json; those of a recipe with phases in RUN/summary
   glipv2 schedule my.yaml --status
 It may be killed and started again at any time, and several may watch one run. Exit code of --once:
 1 if a checkpoint was given up, 3 if one failed and will be tried again.""",
+    "adapt": """
+  glipv2 adapt infra/recipes/adapt.yaml train.init=models/glip-t
+  glipv2 adapt my.yaml 'adapt.shots=[1,10]' 'adapt.seeds=[3]' --set dice
+  glipv2 adapt my.yaml adapt.num_tasks=8 adapt.gpus_per_task=1 --address auto
+Cut off, the same command goes on. RUN/adapt.json has the table, a run folder each cell's model.
+Exit code 1 if a cell failed; the others are done then.""",
+    "submit": """
+  glipv2 submit label web.yaml --address http://head:8265
+  glipv2 submit pretrain my.yaml --phase teacher train.steps=5000 --address http://head:8265
+  glipv2 submit schedule my.yaml --address http://head:8265 --no-wait
+  glipv2 submit evaluate my.yaml --dry-run
+The package and the recipe travel with the job. run_dir and all that the recipe names must be URLs,
+or paths of a file system that all nodes share. The log is shown until the job has ended, and its
+exit code is the command's own; ctrl-C leaves the job running.""",
+    "jobs": """
+  glipv2 jobs list --address http://head:8265
+  glipv2 jobs logs label-web-1f2e3d --address http://head:8265 --follow
+  glipv2 jobs stop label-web-1f2e3d --address http://head:8265
+RAY_API_SERVER_ADDRESS stands for --address, RAY_AUTH_TOKEN is the cluster's token.""",
     "run": """
   glipv2 run infra/recipes/quickstart.yaml
   glipv2 run infra/recipes/quickstart.yaml run_dir=runs/seed-2 seed=2""",
@@ -124,6 +146,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     """The arguments of a command; overrides may stand before and after options."""
     parser = _parser(words)
     parsed, rest = parser.parse_known_args(words)
+    if hasattr(parsed, "passed_on"):  # for another command, which will look at them
+        parsed.passed_on = [*parsed.passed_on, *rest]
+        return parsed
     if rest and (not hasattr(parsed, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

@@ -10,6 +10,7 @@ from typing import Any
 
 from glipv2.jobs.page import render
 from glipv2.jobs.plots import Plot, Series, line_plot
+from glipv2.jobs.report_adapt import adapted
 from glipv2.jobs.report_numbers import (
     MODELS,
     columns,
@@ -49,19 +50,21 @@ def write_report(run_dir: str) -> str:
     """RUN/report.html from what the run folder holds; returns its path.
 
     The page is one self-contained file: no script, nothing loaded from elsewhere. Of a run that is
-    no main job it shows the scores of its checkpoints.
+    no main job it shows the scores of its checkpoints, and of models that were tuned to new sets.
     """
     summary, path = _json(run_dir, "summary.json"), storage.join(run_dir, "report.html")
     name = str(run_dir).rstrip("/").rsplit("/", 1)[-1]
-    scored: dict[str, Any] = {"suites": suite_tables(run_dir), "alerts": alerts(run_dir)}
-    if summary is None and scored["suites"]:
+    scored: dict[str, Any] = {
+        "suites": suite_tables(run_dir), "alerts": alerts(run_dir), "adapted": adapted(run_dir),
+    }  # fmt: skip
+    if summary is None and (scored["suites"] or scored["adapted"]):
         storage.write_bytes(path, render("scores.html", name=name, **scored))
         return path
     if summary is None:
         raise DataError(
             f"{storage.join(run_dir, 'summary.json')} is missing, so there is nothing to report: "
             "is this the folder of a main job? glipv2 run and glipv2 evaluate RECIPE write it. A "
-            "run without phases needs scores (glipv2 evaluate, glipv2 schedule)"
+            "run without phases needs scores (glipv2 evaluate, glipv2 schedule, glipv2 adapt)"
         )
     config_text = _text(run_dir, "config.yaml")
     config = _yaml(config_text, storage.join(run_dir, "config.yaml"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from glipv2.model.config import LossWeights, ModelConfig
+from glipv2.pipeline.adapt_config import AdaptConfig
 from glipv2.pipeline.errors import require
 from glipv2.pipeline.eval_config import EvalConfig, ScheduleConfig
 from glipv2.pipeline.train_config import (
@@ -252,6 +253,7 @@ class RunConfig:
     label: LabelConfig = field(default_factory=LabelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Named sets of overrides, such as teacher and student; a phase writes to RUN_DIR/PHASE."""
     rounds: int = 1

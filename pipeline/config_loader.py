@@ -25,7 +25,7 @@ def load_config(recipe: str, overrides: list[str], phase: str | None = None) -> 
     A recipe may start from another one: `extends: other.yaml`, beside it.
     Raises ConfigError (file, full key, cure) for anything that is not a valid configuration.
     """
-    tree = _read_recipe(recipe)
+    tree = read_recipe(recipe)
     tree.setdefault("run_dir", f"runs/{Path(recipe).stem}")
     try:
         return config_from_tree(tree, overrides, phase)
@@ -33,7 +33,8 @@ def load_config(recipe: str, overrides: list[str], phase: str | None = None) -> 
         raise ConfigError(f"{recipe}: {error}") from error
 
 
-def _read_recipe(recipe: str, depth: int = 0) -> dict[str, Any]:
+def read_recipe(recipe: str, depth: int = 0) -> dict[str, Any]:
+    """The YAML of a recipe together with those that it extends."""
     if not storage.exists(recipe):
         raise ConfigError(f"recipe {recipe} does not exist; recipes are in infra/recipes/")
     try:
@@ -48,7 +49,7 @@ def _read_recipe(recipe: str, depth: int = 0) -> dict[str, Any]:
     if depth == MOST_EXTENDED:
         raise ConfigError(f"recipe {recipe}: `extends` goes round in a circle")
     folder = recipe.rpartition("/")[0] or "."
-    merged: dict[str, Any] = _merge(_read_recipe(f"{folder}/{base}", depth + 1), tree)
+    merged: dict[str, Any] = _merge(read_recipe(f"{folder}/{base}", depth + 1), tree)
     return merged
 
 

@@ -89,6 +89,8 @@ def cut_into_units(source: str, shard_set: ShardSet, lanes: int, unit_samples: i
 
     At least one for each lane.
     """
+    if not shard_set.samples:
+        raise DataError(f"{source} ({shard_set.url}) has no samples; take another set")
     if shard_set.samples < lanes:
         raise DataError(
             f"{source} ({shard_set.url}) has {shard_set.samples} samples for {lanes} lanes: "

@@ -44,11 +44,9 @@ def test_a_state_saved_by_two_zero2_ranks_resumes_bit_for_bit_and_fits_any_stage
 ) -> None:
     saved = run_worker(2, tmp_path, zero_stage=2)
     assert saved["resumed"] == saved["whole"][SAVED:]
-    other_stage = run_worker(2, tmp_path, zero_stage=3, accumulation=2)
-    assert other_stage["resumed"] == pytest.approx(saved["resumed"], rel=1e-6)
-    one_rank = run_worker(1, tmp_path, zero_stage=1, accumulation=4)
-    assert one_rank["resumed"] == pytest.approx(saved["resumed"], rel=1e-6)
-    for run in (saved, other_stage, one_rank):
+    other = run_worker(1, tmp_path, zero_stage=3, accumulation=4)
+    assert other["resumed"] == pytest.approx(saved["resumed"], rel=1e-6)
+    for run in (saved, other):
         assert_refused(run)
 
 

@@ -164,6 +164,7 @@ def test_a_step_without_update_changes_nothing_and_a_spike_is_gone_back_from_and
     assert saved_state(tmp_path / "replay", 12) == saved_state(tmp_path / "run", 12)
 
 
+@pytest.mark.slow
 def test_a_kill_right_after_going_back_was_decided_does_not_resume_beyond_it(
     recipe: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from commands import SMOKE, finish  # noqa: E402
 from page_parser import assert_self_contained, shown  # noqa: E402
 
 from glipv2.data_prep.toy import toy_record  # noqa: E402
+from glipv2.jobs.cli import main  # noqa: E402
 from glipv2.jobs.evaluate_main import cache_key  # noqa: E402
 from glipv2.pipeline.config_loader import load_config  # noqa: E402
 from glipv2.pipeline.ray_cluster import start_ray  # noqa: E402
@@ -59,25 +60,25 @@ def test_run_again_it_reuses_everything(run: Path, summary: dict[str, dict[str, 
     assert json.loads((run / "summary.json").read_text()) == summary
 
 
-def test_any_checkpoint_grounds_a_picture(run: Path, tmp_path: Path) -> None:
+def test_any_checkpoint_grounds_a_picture(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     picture = tmp_path / "toy.jpg"
     picture.write_bytes(toy_record("toy_val", 0, seed=1, size=64).image)
     # the hardly trained step 4 may find nothing above GLIP's least probability of 0.05
     at_least = {"teacher": 1, "step-000004": 0}
     for checkpoint in (run / "teacher", run / "teacher" / "checkpoints" / "step-000004"):
         out = tmp_path / checkpoint.name
-        finish(
-            "ground", "--checkpoint", checkpoint, "--image", picture, "--threshold", 0,
-            "--text", "a red square. a blue circle.", "--out", out,
-        )  # fmt: skip
+        asked = ["--checkpoint", str(checkpoint), "--image", str(picture), "--threshold", "0"]
+        told = ["--text", "a red square. a blue circle.", "--out", str(out)]
+        assert main(["ground", *asked, *told]) == 0
         found = json.loads(Path(f"{out}.json").read_text())["regions"]
         assert len(found) >= at_least[checkpoint.name]
         assert {region["phrase"] for region in found} <= {"red square", "blue circle"}
         assert Path(f"{out}.png").stat().st_size > 1000
-    said = finish(
-        "ground", "--checkpoint", run / "teacher", "--image", picture, "--categories", " , ", code=2
-    )  # fmt: skip
-    assert "names no category" in said
+    asked = ["--checkpoint", str(run / "teacher"), "--image", str(picture)]
+    assert main(["ground", *asked, "--categories", " , "]) == 2
+    assert "names no category" in capfd.readouterr().err
 
 
 def test_a_shard_set_can_be_looked_at(run: Path, tmp_path: Path) -> None:

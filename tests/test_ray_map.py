@@ -179,8 +179,11 @@ def make_stillborn(folder: str) -> Callable[[int], int]:
     return len
 
 
-def test_workers_that_die_while_they_start_end_the_map(tmp_path: Path) -> None:
-    with pytest.raises(PoisonItemError, match="5 workers in a row died while they started"):
+def test_workers_that_die_while_they_start_end_the_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_map, "MAX_DEAD_STARTS", 2)
+    with pytest.raises(PoisonItemError, match="2 workers in a row died while they started"):
         list(map_on_ray(ship(make_stillborn, tmp_path), [1], num_actors=1))  # type: ignore[arg-type]
 
 

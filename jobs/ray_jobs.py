@@ -1,0 +1,135 @@
+"""Ray's job API as `glipv2 submit` and `glipv2 jobs` use it: connect, follow, and say how it ended.
+
+A cluster that lets everybody in is refused: a job is a shell command on its machines.
+"""
+
+import asyncio
+import ipaddress
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from glipv2.pipeline.errors import ConfigError, DataError, StoreError
+
+ADDRESS = "RAY_API_SERVER_ADDRESS"
+"""Environment variable that stands for --address, as for Ray's own command."""
+TOKEN_FILE = Path("~/.ray/auth_token")
+PROBE = "/api/jobs/"
+POLL_S = 1.0
+LOST_S = 120.0
+"""For which a cluster that does not answer is tried again while a job is followed."""
+STOPPED = 130
+
+
+def connect(address: str | None) -> Any:
+    """A client of the cluster's job server; ConfigError for one that is open or not there."""
+    address = (address or os.environ.get(ADDRESS) or "").rstrip("/")
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--address must be the cluster's dashboard, such as http://head:8265, not {address!r}"
+        )
+    refuse_open(address)
+    has_token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if has_token or TOKEN_FILE.expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"{address} wants its token: set RAY_AUTH_TOKEN, or write it to {TOKEN_FILE}; on the "
+            "cluster's head `ray get-auth-token` shows it"
+        ) from error
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(f"{address}: {error}") from error
+
+
+def refuse_open(address: str) -> None:
+    """ConfigError when nothing answers there, or when it answers people without a token and is not
+    this very machine."""
+    try:
+        urllib.request.urlopen(f"{address}{PROBE}", timeout=10).close()  # noqa: S310 - http(s) only
+    except urllib.error.HTTPError:
+        return  # it wants a token
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no Ray job server answers at {address}: {error}") from error
+    if not is_loopback(address):
+        raise ConfigError(
+            f"{address} runs jobs of anybody who can reach it. Start the cluster with "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN in the environment of all its nodes (and of "
+            "this command), or reach its loopback address through a tunnel: "
+            "ssh -L 8265:127.0.0.1:8265 head"
+        )
+
+
+def is_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def details(client: Any, job: str) -> Any:
+    """What the cluster knows of a job; DataError when it knows none of this name."""
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        raise DataError(f"no job {job!r} on this cluster; `glipv2 jobs list` has them") from error
+
+
+def follow(client: Any, job: str) -> int:
+    """Print a job's log as it grows, until the job has ended; the exit code that it stands for.
+
+    What was printed is not printed again after the connection was lost.
+    """
+    from aiohttp import ClientError
+
+    log, deadline = _Log(), time.monotonic() + LOST_S
+    while True:
+        try:
+            asyncio.run(log.tail(client, job))
+            found = details(client, job)
+        except (OSError, ClientError, RuntimeError, asyncio.TimeoutError) as error:
+            if time.monotonic() > deadline:
+                raise StoreError(
+                    f"the cluster did not answer for {LOST_S:.0f} s ({error}); the job goes on "
+                    f"without us: `glipv2 jobs logs {job} --follow` shows it again"
+                ) from error
+            time.sleep(POLL_S)
+            continue
+        deadline = time.monotonic() + LOST_S
+        if found.status.is_terminal():
+            return exit_code(found)
+        time.sleep(POLL_S)
+
+
+class _Log:
+    """What was printed of a log that is read from its beginning each time."""
+
+    def __init__(self) -> None:
+        self.printed = 0
+
+    async def tail(self, client: Any, job: str) -> None:
+        seen = 0
+        async for text in client.tail_job_logs(job):
+            sys.stdout.write(text[max(0, self.printed - seen) :])
+            sys.stdout.flush()
+            seen += len(text)
+            self.printed = max(self.printed, seen)
+
+
+def exit_code(found: Any) -> int:
+    """The job's own exit code where it has one."""
+    if found.status.value == "SUCCEEDED":
+        return 0
+    if found.status.value == "STOPPED":
+        return STOPPED
+    return int(found.driver_exit_code or 1)

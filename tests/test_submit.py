@@ -1,0 +1,212 @@
+"""glipv2 submit and jobs: what travels, what is refused, and how a job is followed."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import threading
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from glipv2.jobs import ray_jobs
+from glipv2.jobs.cli import main, parse
+from glipv2.jobs.jobs import table
+from glipv2.jobs.ray_jobs import connect, exit_code, follow, refuse_open
+from glipv2.jobs.submit import PACKAGES, copy_package, is_shared, prepared
+from glipv2.pipeline.config_loader import load_config
+from glipv2.pipeline.errors import ConfigError, DataError, StoreError
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    base = {
+        "data": {"mixture": {"s3://bucket/gold": 1.0}},
+        "train": {"steps": 7, "init": "teacher"},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    own = {"extends": "base.yaml", "run_dir": "s3://bucket/run", "phases": {"student": {}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
+    return tmp_path / "mine.yaml"
+
+
+def asked(*words: object) -> Any:
+    return parse(["submit", *map(str, words)])
+
+
+def test_the_command_on_the_cluster_means_what_it_means_here(recipe: Path, tmp_path: Path) -> None:
+    arguments = asked("pretrain", recipe, "--phase", "student", "train.steps=9", "--name", "job-1")
+    with prepared(arguments) as job:
+        assert job.command == (
+            "python -m glipv2.jobs.cli pretrain mine.yaml --phase student train.steps=9 "
+            "--address auto"
+        )
+        assert job.name == "job-1" and job.environment == {"PYTHONUNBUFFERED": "1"}
+        there = load_config(str(job.recipe / "mine.yaml"), ["train.steps=9"], "student")
+        assert 1e5 < job.bytes < 3e6
+        folder = job.recipe.parent
+    assert there == load_config(str(recipe), ["train.steps=9"], "student")
+    assert not folder.exists()
+    with prepared(asked("label", recipe)) as job:
+        assert job.name.startswith("label-run-")
+
+
+def test_the_package_that_travels_needs_no_installation(tmp_path: Path) -> None:
+    copy_package(tmp_path / "glipv2")
+    # -S: without site there are no .pth files, so the installed package is out of reach
+    path = os.pathsep.join([str(tmp_path), sysconfig.get_paths()["purelib"]])
+    names = [f"glipv2.{file.parent.name}.{file.stem}" for file in tmp_path.rglob("*.py")
+             if file.stem not in ("__init__", "transformers_teachers")]  # fmt: skip
+    assert {name.split(".")[1] for name in names} == set(PACKAGES) and len(names) > 150
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "import glipv2.jobs.cli as cli, glipv2.eval.published as p, glipv2.model.tokenizer as t\n"
+        "assert p.suites() and t.tiny_vocab()\n"
+        "from glipv2.jobs.page import render\n"
+        "render('scores.html', name='x', suites=[], alerts=[], adapted=None)\n"
+        "print(cli.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "glipv2" / "jobs" / "cli.py")
+
+
+def test_what_would_be_lost_or_missing_on_the_cluster_is_refused(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for url, shared in {"s3://b/run": True, "/mnt/run": True, "file:///mnt/run": True,
+                        "runs/run": False, "memory://run": False}.items():  # fmt: skip
+        assert is_shared(url) == shared
+    with pytest.raises(ConfigError, match="run_dir 'runs/x' would lie on one machine"):
+        prepared(asked("label", recipe, "run_dir=runs/x")).__enter__()
+    (tmp_path / "gold").mkdir()
+    with pytest.raises(ConfigError, match=r"names files of this machine: \./gold; copy them"):
+        prepared(asked("pretrain", recipe, "data.mixture={./gold: 1}")).__enter__()
+    with pytest.raises(ConfigError, match="phase 'techer' is not in the recipe"):
+        prepared(asked("pretrain", recipe, "--phase", "techer")).__enter__()
+    with pytest.raises(ConfigError, match=r"unknown config key train.step; did you mean"):
+        prepared(asked("pretrain", recipe, "train.step=3")).__enter__()
+    with pytest.raises(SystemExit):
+        prepared(asked("pretrain", recipe, "--score-only")).__enter__()
+
+
+def test_secrets_do_not_travel_in_a_jobs_record(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "RAY_AUTH_TOKEN", "db_password"):
+        monkeypatch.setenv(name, "x")
+        with pytest.raises(ConfigError, match=f"--env {name}: a job's variables stand in its"):
+            prepared(asked("label", recipe, "--env", name)).__enter__()
+    with pytest.raises(ConfigError, match="there is no such variable"):
+        prepared(asked("label", recipe, "--env", "NOT_SET_HERE")).__enter__()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:8333")
+    with prepared(asked("label", recipe, "--env", "AWS_ENDPOINT_URL")) as job:
+        assert job.environment["AWS_ENDPOINT_URL"] == "http://store:8333"
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """A dashboard that answers everybody with `.status`."""
+    answer = SimpleNamespace(status=200, port=0)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answer.status)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("0.0.0.0", 0), Handler) as running:
+        answer.port = running.server_port
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield answer
+        running.shutdown()
+
+
+def test_a_cluster_that_lets_everybody_in_is_refused(server: Any) -> None:
+    everywhere, here = (f"http://{host}:{server.port}" for host in ("0.0.0.0", "127.0.0.1"))
+    refuse_open(here)
+    with pytest.raises(ConfigError, match="runs jobs of anybody who can reach it"):
+        refuse_open(everywhere)
+    server.status = 401
+    refuse_open(everywhere)
+    with pytest.raises(ConfigError, match="no Ray job server answers at http://127.0.0.1:1:"):
+        refuse_open("http://127.0.0.1:1")
+    with pytest.raises(ConfigError, match="must be the cluster's dashboard"):
+        connect("ray://head:10001")
+
+
+def test_a_mistake_is_told_before_anything_is_sent(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", "label", str(recipe), "run_dir=here", "--address", "http://x:1"]) == 2
+    assert "glipv2 submit: run_dir 'here'" in capsys.readouterr().err
+    assert main(["submit", "label", str(recipe), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "glipv2.jobs.cli label mine.yaml --address auto" in shown and "init: teacher" in shown
+    assert main(["jobs", "stop", "--address", "http://127.0.0.1:1"]) == 2
+    assert "give the name of a job" in capsys.readouterr().err
+
+
+class Cluster:
+    """A job server whose connection is lost after each of `parts`."""
+
+    def __init__(self, parts: list[str], ended: str, code: int | None = None) -> None:
+        self.parts, self.ended, self.code, self.tails = parts, ended, code, 0
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        self.tails += 1
+        for part in self.parts[: self.tails]:
+            yield part
+        if self.tails < len(self.parts):
+            raise ConnectionError("lost")
+
+    def get_job_info(self, job: str) -> Any:
+        if job != "mine":
+            raise RuntimeError("404")
+        status = SimpleNamespace(value=self.ended, is_terminal=lambda: self.ended != "RUNNING")
+        return SimpleNamespace(status=status, driver_exit_code=self.code)
+
+
+def test_a_log_goes_on_where_the_connection_was_lost(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_jobs, "POLL_S", 0.0)
+    cluster = Cluster(["step 1\n", "step 2\nst", "ep 3\n"], "FAILED", code=3)
+    assert follow(cluster, "mine") == 3 and cluster.tails == 3
+    assert capsys.readouterr().out == "step 1\nstep 2\nstep 3\n"
+    assert exit_code(Cluster([], "SUCCEEDED", 0).get_job_info("mine")) == 0
+    assert exit_code(Cluster([], "FAILED").get_job_info("mine")) == 1
+    assert exit_code(Cluster([], "STOPPED").get_job_info("mine")) == 130
+    monkeypatch.setattr(ray_jobs, "LOST_S", 0.05)
+    with pytest.raises(StoreError, match="the job goes on without us"):
+        follow(Cluster(["a"] * 10**6, "RUNNING"), "mine")
+
+
+def test_a_job_that_nobody_knows_is_said_to_be_unknown() -> None:
+    with pytest.raises(DataError, match="no job 'other' on this cluster"):
+        ray_jobs.details(Cluster([], "RUNNING"), "other")
+
+
+def test_jobs_are_listed_the_newest_first() -> None:
+    rows = [
+        SimpleNamespace(submission_id=name, job_id=None, start_time=start,
+                        status=SimpleNamespace(value="RUNNING"),
+                        entrypoint=f"python -m glipv2.jobs.cli {name} r.yaml --address auto")
+        for name, start in (("label", 1_700_000_000_000), ("pretrain", 1_700_000_100_000))
+    ]  # fmt: skip
+    lines = table(rows).splitlines()
+    assert [line.split()[0] for line in lines] == ["job", "pretrain", "label"]
+    assert lines[2].split()[1:5] == ["RUNNING", "2023-11-14", "22:13", "label"]

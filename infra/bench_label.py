@@ -42,8 +42,8 @@ from glipv2.pipeline.record_json import parse_record
 from glipv2.pipeline.shards import ShardSet, open_shard_set, raw_samples, write_shard_set
 
 WORKERS = 2
-SHARDS, PER_SHARD, SIZE = 32, 32, 128
-OVERHEAD_SHARDS = 4
+SHARDS, PER_SHARD, SIZE = 8, 256, 128
+OVERHEAD_SHARDS = 1
 FEW, MANY, SMALL, SMALL_SIZE = 40, 400, 16, 64
 """Shards of small pairs, to see what grows with their number."""
 STAMP = {"teacher": "bench", "label_settings": "bench"}

@@ -4,8 +4,9 @@
 
 One run is left alone; another has a random rank killed (SIGKILL) again and again: while it loads,
 in a step, and between a checkpoint's first file and its commit. Nobody but its own launcher helps
-it. In the end losses, weights and stream position must be the undisturbed run's, byte for byte.
-Exit code 1 if they are not, or if going on took longer than a minute.
+it. In the end losses, weights, stream position and the ledger of consumed samples must be the
+undisturbed run's, byte for byte, and no sample may have been used two times more than another.
+Exit code 1 if anything differs, or if going on took longer than a minute.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from glipv2.pipeline import storage
 from glipv2.pipeline.checkpoint import committed_steps
 from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.launch import RESTARTS
-from glipv2.pipeline.runlog import LOSSES, read_losses
+from glipv2.pipeline.runlog import LOSSES, SAMPLES, read_losses
 
 ROOT = Path(__file__).parent.parent
 SETS = ("toy_detection", "toy_grounding")
@@ -82,6 +84,7 @@ def write_recipe(out: Path, steps: int) -> Path:
         prepare_set(str(out / "data" / name), options)
     tree["data"] |= {"root": str(out / "data"), "mixture": dict.fromkeys(SETS, 1)}
     tree["train"] |= {"steps": steps, "checkpoint_every": CHECKPOINT_EVERY}
+    tree["log"] = {"samples": True}
     tree["supervise"] = {"max_restarts": 20}  # kills while loading leave no progress
     path = out / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -200,8 +203,19 @@ def differences(calm: Path, killed: Path, steps: int) -> list[str]:
     if committed_steps(str(killed))[-1:] != [steps]:
         return ["the killed run did not end"]
     step = Path("checkpoints") / step_name(steps)
-    names = [Path(LOSSES), step / WEIGHTS, step / "trainer.json"]
-    return [str(n) for n in names if (calm / n).read_bytes() != (killed / n).read_bytes()]
+    names = [Path(LOSSES), Path(SAMPLES), step / WEIGHTS, step / "trainer.json"]
+    wrong = [str(n) for n in names if (calm / n).read_bytes() != (killed / n).read_bytes()]
+    return wrong + uneven(storage.read_json_lines(str(killed / SAMPLES)))
+
+
+def uneven(ledger: list[dict[str, Any]]) -> list[str]:
+    """Sources of which a sample was used two times more often than another, or never."""
+    used = Counter(key for entry in ledger for key in entry["samples"])
+    counts: dict[str, list[int]] = {}
+    for key, count in used.items():
+        counts.setdefault(key.partition("/")[0], []).append(count)
+    print(f"ledger: {len(used)} samples, {used.total()} uses")  # noqa: T201
+    return [f"{source}: uses differ" for source, own in counts.items() if max(own) > min(own) + 1]
 
 
 def show(kills: list[Kill]) -> None:

@@ -29,8 +29,9 @@ COMMANDS = {
     "submit": "a stage as a job of a Ray cluster that has none of our code",
     "jobs": "list, show and stop what was submitted",
     "run": "the main job: prepare, teacher, label, student and control, evaluate, report",
-    "report": "one static page of a finished main job",
+    "report": "one static page of a run, or of several side by side",
     "ground": "boxes for one image and a text",
+    "demo": "a page in the browser: a picture and a text -> boxes, masks, coloured phrases",
     "export": "the model of a run's step as a folder of its own",
     "convert": "weights of GLIP, timm and transformers -> a model folder, and back to GLIP",
     "doctor": "versions, devices, what is missing and how to mend it",
@@ -115,11 +116,16 @@ RAY_API_SERVER_ADDRESS stands for --address, RAY_AUTH_TOKEN is the cluster's tok
   glipv2 run infra/recipes/quickstart.yaml
   glipv2 run infra/recipes/quickstart.yaml run_dir=runs/seed-2 seed=2""",
     "report": """
-  glipv2 report runs/quickstart""",
+  glipv2 report runs/quickstart
+  glipv2 report runs/tuned s3://bucket/run-2 --out compared.html""",
     "ground": """
   glipv2 ground --checkpoint runs/quickstart/student --image photo.jpg \\
       --text "a red square. a blue circle."
   glipv2 ground --checkpoint runs/quickstart/student --image cells.jpg --categories RBC,WBC""",
+    "demo": """
+  glipv2 demo --checkpoint runs/quickstart/student
+  glipv2 demo --checkpoint models/glip-t --port 8000
+Needs gradio: pip install 'glipv2[demo]'. Others reach the page only where --host lets them.""",
     "convert": """
   glipv2 convert --from glip glip_tiny_model_o365_goldg.pth --vocab vocab.txt --out models/glip-t
   glipv2 convert --from timm-swin swin_tiny.safetensors --from bert bert-base-uncased/ \\

@@ -123,7 +123,7 @@ def _pieces(config: RunConfig, checkpoint: str, suite: SuiteConfig) -> list[Piec
     else:
         url = resolve_checkpoint(checkpoint)
         model = model_digest(url)
-    folder, asked = storage.join(config.run_dir, "eval"), asked_of(suite, config)
+    folder, asked = storage.join(config.run_dir, "eval"), asked_of(suite, config.eval.precision)
     return pieces(folder, model, url, data, asked, suite.limit)
 
 

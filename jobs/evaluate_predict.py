@@ -32,6 +32,7 @@ VERSION = 1
 """Of what the files hold; a change of how predictions are made raises it."""
 WINDOW = 8
 """Batches of images that are decoded at a time."""
+Precision = Literal["fp32", "bf16", "fp16"]
 Kind = Literal["all", "shown", "phrases", "answers", "captions"]
 """What is asked about an image: all categories, those it shows, the phrases of its caption, its
 questions, or a caption."""
@@ -52,17 +53,16 @@ class Asked:
     max_boxes_per_prompt: int = 100
     masks: bool = False
     beams: int = 0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
 
     @property
     def digest(self) -> str:
         return storage.digest([VERSION, asdict(self)])
 
 
-def asked_of(suite: SuiteConfig, config: RunConfig) -> Asked:
+def asked_of(suite: SuiteConfig, precision: Precision) -> Asked:
     """What the suite asks about images."""
     kind = KINDS.get(suite.task) or suite.ask
-    precision = config.eval.precision
     if kind in ("answers", "captions"):
         beams = suite.beams if kind == "captions" else 0
         return Asked(kind=kind, beams=beams, precision=precision)

@@ -72,7 +72,7 @@ def open_suite(config: RunConfig, name: str) -> Suite:
     parts = _odinw(config, own) if own.odinw else {
         part: (config.set_url(given), own) for part, given in (own.sets or {name: own.set}).items()
     }  # fmt: skip
-    asked = {part: asked_of(suite, config) for part, (_, suite) in parts.items()}
+    asked = {part: asked_of(suite, config.eval.precision) for part, (_, suite) in parts.items()}
     sets = {part: open_shard_set(url) for part, (url, _) in parts.items()}
     for part, data in sets.items():
         if unknown := sorted(set(asked[part].prompts) - set(data.categories)):

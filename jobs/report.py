@@ -20,9 +20,9 @@ from glipv2.jobs.report_numbers import (
     verdict,
 )
 from glipv2.jobs.report_pictures import Gallery, examples, gallery
-from glipv2.jobs.report_suites import alerts, suite_tables
+from glipv2.jobs.report_suites import alerts, run_name, suite_tables
 from glipv2.pipeline import storage
-from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.errors import ConfigError, DataError
 from glipv2.pipeline.runlog import read_losses
 
 LOSS_TERMS = {
@@ -37,26 +37,59 @@ LOSS_TERMS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `glipv2 report`."""
-    parser.add_argument("run_dir", help="folder of a main job, for example runs/quickstart")
+    parser.add_argument(
+        "run_dir", nargs="+", help="run folder; several are compared by what they scored on suites"
+    )
+    parser.add_argument("--out", help="the page (default: report.html in the one run's folder)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and say where it is."""
-    print(f"report: {write_report(args.run_dir)}")  # noqa: T201 - the answer of the command
+    runs = [url.rstrip("/") for url in args.run_dir]
+    if len(runs) == 1:
+        where = write_report(runs[0], args.out)
+    elif args.out:
+        where = write_comparison(runs, args.out)
+    else:
+        raise ConfigError("say where the page about several runs should go: --out page.html")
+    print(f"report: {where}")  # noqa: T201 - the answer of the command
     return 0
 
 
-def write_report(run_dir: str) -> str:
-    """RUN/report.html from what the run folder holds; returns its path.
+def write_comparison(run_dirs: list[str], out: str) -> str:
+    """A page about what several runs scored, side by side; returns `out`."""
+    if len(set(run_dirs)) < len(run_dirs):
+        raise ConfigError("a run is given twice")
+    scored = _scored(run_dirs)
+    if not scored["suites"]:
+        raise DataError(
+            f"none of {', '.join(run_dirs)} was scored on a suite (glipv2 evaluate, glipv2 "
+            "schedule), so there is nothing to compare"
+        )
+    names = " and ".join(run_name(url, run_dirs) for url in run_dirs)
+    storage.write_bytes(out, render("scores.html", name=names, **scored))
+    return out
+
+
+def _scored(run_dirs: list[str]) -> dict[str, Any]:
+    """What the templates show of suites and of tuning."""
+    return {
+        "suites": suite_tables(run_dirs),
+        "alerts": alerts(run_dirs),
+        "adapted": adapted(run_dirs[0]) if len(run_dirs) == 1 else None,
+    }
+
+
+def write_report(run_dir: str, out: str | None = None) -> str:
+    """RUN/report.html (or `out`) from what the run folder holds; returns its path.
 
     The page is one self-contained file: no script, nothing loaded from elsewhere. Of a run that is
     no main job it shows the scores of its checkpoints, and of models that were tuned to new sets.
     """
-    summary, path = _json(run_dir, "summary.json"), storage.join(run_dir, "report.html")
+    summary = _json(run_dir, "summary.json")
+    path = out or storage.join(run_dir, "report.html")
     name = str(run_dir).rstrip("/").rsplit("/", 1)[-1]
-    scored: dict[str, Any] = {
-        "suites": suite_tables(run_dir), "alerts": alerts(run_dir), "adapted": adapted(run_dir),
-    }  # fmt: skip
+    scored = _scored([run_dir])
     if summary is None and (scored["suites"] or scored["adapted"]):
         storage.write_bytes(path, render("scores.html", name=name, **scored))
         return path

@@ -148,8 +148,8 @@ def examples(run_dir: str, validation_url: str) -> Examples:
             for key in telling
             if key in pictures
         ),
-        false=tuple(_false(pictures[o.key], o, f) for o, f in false if o.key in pictures),
-        missed=tuple(_missed(pictures[o.key], o, m) for o, m in missed if o.key in pictures),
+        false=tuple(false_box(pictures[o.key], o, f) for o, f in false if o.key in pictures),
+        missed=tuple(missed_object(pictures[o.key], o, m) for o, m in missed if o.key in pictures),
         model=model,
         threshold=thresholds[model],
     )
@@ -180,18 +180,32 @@ def _comparison(picture: Picture, seen: dict[str, Outcome]) -> Comparison:
     return Comparison(key=first.key, panels=tuple(panels), legend=legend)
 
 
-def _false(picture: Picture, outcome: Outcome, found: Found) -> Mistake:
+def false_box(picture: Picture, outcome: Outcome, found: Found) -> Mistake:
+    """A wrong box beside the truth."""
     truth = tuple(_symbol(box, name, TRUE, "✓") for box, name in outcome.truth)
     wrong = _symbol(found.box, found.name, WRONG, "×", dashed=True)
     text = f"“{plain_text(found.name)}” {found.score:.2f}: {plain_text(found.why)}."
     return Mistake(key=outcome.key, picture=replace(picture, marks=(*truth, wrong)), text=text)
 
 
-def _missed(picture: Picture, outcome: Outcome, missed: Missed) -> Mistake:
+def missed_object(picture: Picture, outcome: Outcome, missed: Missed) -> Mistake:
+    """A true object without a box."""
     mark = _symbol(missed.box, missed.name, TRUE, "?")
     best = f"best box here scored {missed.best_score:.2f}" if missed.best_score else "no box here"
     text = f"“{plain_text(missed.name)}” was not found: {best}."
     return Mistake(key=outcome.key, picture=replace(picture, marks=(mark,)), text=text)
+
+
+def well_found(picture: Picture, outcome: Outcome) -> Mistake:
+    """The boxes of an image; those that are wrong, if any, are dashed."""
+    numbers = {name: n for n, name in enumerate(dict.fromkeys(f.name for f in outcome.found))}
+    marks = tuple(
+        box_mark(f.box, f.name, numbers[f.name], f.score, dashed=not f.right)
+        for f in reversed(outcome.found)
+    )
+    names = ", ".join(f"{number + 1} {plain_text(name)}" for name, number in numbers.items())
+    text = f"{names}: {outcome.right} of {_count(len(outcome.truth), 'object')} found."
+    return Mistake(key=outcome.key, picture=replace(picture, marks=marks), text=text)
 
 
 def _symbol(box: Sequence[float], name: str, number: int, tag: str, dashed: bool = False) -> Mark:
@@ -200,20 +214,17 @@ def _symbol(box: Sequence[float], name: str, number: int, tag: str, dashed: bool
 
 def _pictures(url: str, keys: Collection[str]) -> dict[str, Picture]:
     """Images of a set without boxes, by key."""
-    pictures = {}
-    for record in iterate_records(url, on_bad=_ignore):
-        if record.key in keys:
-            uri, problem = picture_uri(record.image)
-            alt = plain_text(record.caption) or record.key
-            pictures[record.key] = Picture(
-                uri=uri,
-                problem=problem,
-                width=record.width,
-                height=record.height,
-                alt=alt,
-                marks=(),
-            )
-    return pictures
+    records = iterate_records(url, on_bad=_ignore)
+    return {record.key: picture_of(record) for record in records if record.key in keys}
+
+
+def picture_of(record: Record) -> Picture:
+    """The image of a record, without boxes."""
+    uri, problem = picture_uri(record.image)
+    alt = plain_text(record.caption) or record.key
+    return Picture(
+        uri=uri, problem=problem, width=record.width, height=record.height, alt=alt, marks=()
+    )
 
 
 def _is_set(url: str) -> bool:

@@ -1,13 +1,15 @@
-"""What `glipv2 evaluate` and `glipv2 schedule` found in a run: curves, figures, alerts.
+"""What `glipv2 evaluate` and `glipv2 schedule` found in runs: curves, figures, alerts.
 
-Reads RUN/eval/step-N/SUITE.json of the run, and of its phases if it has any.
+Reads RUN/eval/step-N/SUITE.json of one run or several, and of their phases if they have any.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from glipv2.jobs.evaluate_suites import read_result
 from glipv2.jobs.plots import Plot, Series, line_plot
+from glipv2.jobs.report_details import Detail, detail
 from glipv2.model.folders import STEP_NAME
 from glipv2.pipeline import storage
 
@@ -41,29 +43,48 @@ class SuiteTable:
     metrics: list[str]
     ours: list[Row]
     published: list[Row]
+    detail: Detail | None
+    """Of the step that is best by the first metric."""
 
 
-def suite_tables(run_dir: str) -> list[SuiteTable]:
+def suite_tables(run_dirs: Sequence[str]) -> list[SuiteTable]:
     """One a suite that has results, in alphabetical order."""
+    runs = scored_runs(run_dirs)
     found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
-    for name, url in _runs(run_dir).items():
+    for name, url in runs.items():
         for step, own in _results(url).items():
             for suite, result in own.items():
                 found.setdefault(suite, {}).setdefault(name, {})[step] = result
-    return [_table(suite, found[suite]) for suite in sorted(found)]
+    return [_table(suite, found[suite], runs) for suite in sorted(found)]
 
 
-def alerts(run_dir: str) -> list[dict[str, Any]]:
-    """What the scheduler reported, oldest first, of the run and its phases."""
-    urls = (storage.join(url, "eval", "alerts.jsonl") for url in _runs(run_dir).values())
+def alerts(run_dirs: Sequence[str]) -> list[dict[str, Any]]:
+    """What the scheduler reported, oldest first, of the runs and their phases."""
+    urls = (storage.join(url, "eval", "alerts.jsonl") for url in scored_runs(run_dirs).values())
     return sorted((e for url in urls for e in storage.read_json_lines(url)), key=lambda e: e["at"])
 
 
-def _runs(run_dir: str) -> dict[str, str]:
-    """Name -> run folders with results: the run itself, and folders in it."""
-    names = ["", *storage.list_names(run_dir)]
-    urls = {name: storage.join(run_dir, name) if name else run_dir for name in names}
-    return {name: url for name, url in urls.items() if _steps(url)}
+def scored_runs(run_dirs: Sequence[str]) -> dict[str, str]:
+    """Name -> run folders with results: the runs themselves, and folders in them. The name of one
+    run alone is empty."""
+    found: dict[str, str] = {}
+    for run_dir in run_dirs:
+        own = "" if len(run_dirs) == 1 else run_name(run_dir, run_dirs)
+        for name in ("", *storage.list_names(run_dir)):
+            url = storage.join(run_dir, name) if name else run_dir
+            if _steps(url):
+                found["/".join(part for part in (own, name) if part)] = url
+    return found
+
+
+def run_name(run_dir: str, run_dirs: Sequence[str]) -> str:
+    """Its folder's name, or as much of its path as tells it from the others."""
+    parts = run_dir.rstrip("/").split("/")
+    others = [other.rstrip("/").split("/") for other in run_dirs if other != run_dir]
+    for count in range(1, len(parts)):
+        if all(other[-count:] != parts[-count:] for other in others):
+            return "/".join(parts[-count:])
+    return run_dir
 
 
 def _steps(url: str) -> dict[int, str]:
@@ -84,24 +105,29 @@ def _results(url: str) -> dict[int, dict[str, dict[str, Any]]]:
     return found
 
 
-def _table(suite: str, runs: dict[str, dict[int, dict[str, Any]]]) -> SuiteTable:
+def _table(
+    suite: str, runs: dict[str, dict[int, dict[str, Any]]], urls: dict[str, str]
+) -> SuiteTable:
     any_run = next(iter(runs.values()))
     newest = any_run[max(any_run)]
     first, names = newest["first"], list(newest["metrics"])
     metrics = [first, *(name for name in names if name != first)][:SHOWN]
-    series, rows = [], []
+    series, rows, tops = [], [], []
     for number, (run, by_step) in enumerate(runs.items()):
         points = [(s, r["metrics"][first]) for s, r in by_step.items() if first in r["metrics"]]
         style = STYLES[number % len(STYLES)]
         series.append(Series(name=run or "this run", style=style, points=points))
-        best = max(points, key=lambda point: point[1], default=(max(by_step), 0.0))[0]
+        best, top = max(points, key=lambda point: point[1], default=(max(by_step), 0.0))
+        tops.append((top, run, int(best)))
         for step in dict.fromkeys((max(by_step), int(best))):
             said = f"{run} step {step}".strip() + (", best" if step == best else "")
             rows.append(Row(name=said, cells=_cells(by_step[step]["metrics"], metrics, 1.0)))
     plot = line_plot(f"{suite}: {first}", series, "step")
     key = [(s.name, s.style) for s in series] if len(series) > 1 else []
+    _, run, step = max(tops, key=lambda top: top[0])
+    closely = detail(runs[run][step], urls[run], f"{run} step {step}".strip())
     return SuiteTable(name=suite, plot=plot, key=key, metrics=metrics, ours=rows,
-                      published=_published(suite, metrics))  # fmt: skip
+                      published=_published(suite, metrics), detail=closely)  # fmt: skip
 
 
 def _published(suite: str, metrics: list[str]) -> list[Row]:

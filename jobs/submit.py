@@ -136,7 +136,10 @@ def _checked(words: list[str]) -> Any:
             f"run_dir {config.run_dir!r} would lie on one machine of the cluster and be lost: give "
             "a URL such as s3://bucket/run, or the absolute path of a folder that all nodes share"
         )
-    local = sorted({text for text in _texts(as_tree(config)) if _is_here_only(text)})
+    tree = as_tree(config)
+    if parsed.command != "run":  # which alone makes the sets
+        del tree["prepare"]
+    local = sorted({text for text in _texts(tree) if _is_here_only(text)})
     if local:
         raise ConfigError(
             f"the recipe names files of this machine: {', '.join(local)}; copy them to where the "

@@ -17,7 +17,7 @@ from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.flops import peak_flops, training_operations
 from glipv2.pipeline.profiling import Profile
 from glipv2.pipeline.progress import bar, say
-from glipv2.pipeline.runlog import METRICS, StepLog
+from glipv2.pipeline.runlog import METRICS, SAMPLES, StepLog
 from glipv2.pipeline.trackers import trackers
 
 SUMMARY = "pretrain.json"
@@ -61,6 +61,7 @@ class Recorder:
         self.noted = 0
         self.losses = StepLog(config.run_dir, first_step)
         self.metrics = StepLog(config.run_dir, first_step, METRICS)
+        self.samples = StepLog(config.run_dir, first_step, SAMPLES) if config.log.samples else None
         self.trackers = trackers(config, first_step)
         self.profile = Profile(config.run_dir, config.profile)
         name = os.path.basename(config.run_dir.rstrip("/"))
@@ -92,6 +93,13 @@ class Recorder:
                 tracker.log(step, losses | figures)
         self.profile.step()
 
+    def consumed(self, step: int, keys_by_rank: Sequence[Sequence[str]]) -> None:
+        """Note the samples of a step that updated the weights, in an order that does not depend on
+        the number of ranks."""
+        if self.main and self.samples:
+            keys = sorted(key for own in keys_by_rank for key in own)
+            self.samples.append(step, {"samples": keys})
+
     def _figures(self) -> dict[str, float]:
         """Over the recent steps."""
         seconds = max(1e-9, sum(times.seconds for times in self.recent))
@@ -110,6 +118,8 @@ class Recorder:
         if self.main:
             self.losses.flush()
             self.metrics.flush()
+            if self.samples:
+                self.samples.flush()
             for tracker in self.trackers:
                 tracker.flush()
 

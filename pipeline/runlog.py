@@ -1,15 +1,16 @@
-"""Logs of a run by step: RUN/losses.jsonl without clock times, so that runs can be compared, and
-RUN/metrics.jsonl with them.
+"""Logs of a run by step: RUN/losses.jsonl without clock times, so that runs can be compared,
+RUN/metrics.jsonl with them, and RUN/samples.jsonl with the samples of each step.
 
 After a kill a log is cut back to the step that training resumes from.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from glipv2.pipeline import storage
 
-LOSSES, METRICS = "losses.jsonl", "metrics.jsonl"
+LOSSES, METRICS, SAMPLES = "losses.jsonl", "metrics.jsonl", "samples.jsonl"
 
 
 class StepLog:
@@ -21,7 +22,7 @@ class StepLog:
         self.lines = [_line(entry) for entry in known if entry["step"] < first_step]
         self.flush()
 
-    def append(self, step: int, values: dict[str, float]) -> None:
+    def append(self, step: int, values: Mapping[str, Any]) -> None:
         line = _line({"step": step, **values})
         self.lines.append(line)
         if storage.is_local(self.url):

@@ -175,6 +175,8 @@ class LogConfig:
 
     every: int = 10
     """Steps between two lines of metrics.jsonl and two points of what follows."""
+    samples: bool = False
+    """RUN/samples.jsonl: the keys of the samples that each step was made of, of all ranks."""
     tensorboard: bool = True
     """Event files in RUN/tensorboard."""
     wandb: str = ""

@@ -130,6 +130,9 @@ def _train(run: Setup, watch: Watch) -> bool:
         else:
             times = step_times(micro_batches, time.monotonic() - began, waited)
             run.recorder.step(step, losses, times)
+            if config.log.samples:
+                keys = [key for batch in micro_batches for key in batch.keys]
+                run.recorder.consumed(step, dist.gather_objects(keys))
             skip = health.spike(step, losses["loss"])
             if skip:
                 watch.begin("save")

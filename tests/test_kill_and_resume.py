@@ -27,7 +27,7 @@ from glipv2.pipeline import preemption, storage  # noqa: E402
 from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
 from glipv2.pipeline.config import PrepareConfig  # noqa: E402
 from glipv2.pipeline.launch import LAUNCHER  # noqa: E402
-from glipv2.pipeline.runlog import read_losses  # noqa: E402
+from glipv2.pipeline.runlog import SAMPLES, read_losses  # noqa: E402
 
 STEPS = 12
 SETS = {"toy_detection": 40, "toy_grounding": 40}
@@ -51,6 +51,7 @@ def recipe(folder: Path) -> Path:
         run_dir=str(folder / "undisturbed"),
         data={"root": str(folder / "data"), "mixture": {"toy_detection": 1, "toy_grounding": 1}},
         train={"steps": STEPS, "checkpoint_every": 3},
+        log={"samples": True},
     )
     return written.rename(folder / "pretrain.yaml")  # other tests write recipes here as well
 
@@ -82,7 +83,7 @@ def test_a_killed_pretraining_ends_with_the_same_losses_and_weights_bit_for_bit(
     assert "rank 1 was killed by SIGKILL; starting all ranks again from step 3" in said
     [noted] = storage.read_json_lines(str(run / "restarts.jsonl"))
     assert (noted["rank"], noted["step"]) == (1, 3)
-    for name in ("losses.jsonl", "checkpoints/step-000012/model.safetensors"):
+    for name in ("losses.jsonl", SAMPLES, "checkpoints/step-000012/model.safetensors"):
         assert (run / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert saved_state(run, 12) == saved_state(undisturbed, 12)
 
@@ -153,6 +154,9 @@ def test_world_size_2_then_1_then_2_in_one_epoch_gives_the_same_losses(
     kill_when(checkpoint_committed(run, 3), *command)
     kill_when(checkpoint_committed(run, 6), *command, "train.processes=1")
     finish(*command)
+    assert (run / SAMPLES).read_bytes() == (undisturbed / SAMPLES).read_bytes()
+    used = [key for step in storage.read_json_lines(str(run / SAMPLES)) for key in step["samples"]]
+    assert len(used) == len(set(used)) == 4 * STEPS  # within an epoch
     expected, found = read_losses(str(undisturbed)), read_losses(str(run))
     assert [entry["step"] for entry in found] == list(range(STEPS))
     for want, got in zip(expected, found, strict=True):

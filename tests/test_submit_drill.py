@@ -11,14 +11,16 @@ import time
 import urllib.request
 import venv
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import ROOT, smoke_recipe  # noqa: E402
+from commands import ROOT, SMOKE  # noqa: E402
 from s3_server import SECRET_KEY, environment  # noqa: E402
 
 from glipv2.jobs.cli import main  # noqa: E402
@@ -63,32 +65,37 @@ def bare_python(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    python, port, dashboard = bare_python(folder / "bare"), "16379", "18265"
+    python, port, dashboard = bare_python(folder / "bare"), "6399", "8299"
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
     plain |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16),
               "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}  # fmt: skip
     nodes_know = plain | environment(s3_endpoint) | {
-        "PATH": f"{python.parent}:{plain['PATH']}", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "PATH": f"{python.parent}:{plain['PATH']}",
     }  # fmt: skip
     start = [python, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2",
-             "--object-store-memory=200000000"]  # fmt: skip
+             "--object-store-memory=200000000", "--dashboard-agent-listen-port=0"]  # fmt: skip
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}",
-            "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1",
-            f"--temp-dir={tmp_path_factory.mktemp('r', numbered=True)}"]  # fmt: skip
-    nodes = []
-    try:
-        for role in (head, [f"--address=127.0.0.1:{port}"]):
-            log = open(folder / f"node-{len(nodes)}.log", "wb")  # noqa: SIM115 - until the end
-            nodes.append(subprocess.Popen([*start, *role], env=nodes_know, stdout=log, stderr=log,
-                                          cwd=folder, start_new_session=True))  # fmt: skip
+            "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]  # fmt: skip
+    # two nodes on one machine, so what belongs to each must not be the other's
+    other = [f"--address=127.0.0.1:{port}", "--min-worker-port=20002", "--max-worker-port=29999"]
+    nodes: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as stack:
+        for role in (head, other):
+            log = stack.enter_context(open(folder / f"node-{len(nodes)}.log", "wb"))
+            own = stack.enter_context(TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+            node = subprocess.Popen([*start, *role, f"--temp-dir={own}"], env=nodes_know, cwd=own,
+                                    stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+            stack.callback(end, node)
+            nodes.append(node)
             if role is head:
                 wait_for_dashboard(dashboard, plain["RAY_AUTH_TOKEN"])
         yield Cluster(f"http://127.0.0.1:{dashboard}", plain | environment(s3_endpoint))
-    finally:
-        for node in nodes:
-            with suppress(ProcessLookupError):
-                os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
+
+
+def end(node: "subprocess.Popen[bytes]") -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
 
 
 def wait_for_dashboard(port: str, token: str) -> None:
@@ -115,16 +122,16 @@ def test_every_stage_runs_from_and_to_an_object_store(
         command = ["prepare", "toy", "--set", name, "--count", str(count), "--size", "64"]
         assert main([*command, "--out", f"{s3_folder}/data/{name}"]) == 0
     run = f"{s3_folder}/run"
-    recipe = smoke_recipe(
-        tmp_path, run_dir=run, prepare={}, data={"root": f"{s3_folder}/data"},
-        label={"inputs": {"toy_pairs": "toy_labelled"}, "num_actors": [1, 2]},
-        phases={"teacher": {"data": {"mixture": {"toy_detection": 1}},
-                            "train": {"steps": 4, "checkpoint_every": 2}}},
-    )  # fmt: skip
-    tree = json.loads(json.dumps(recipe_tree(recipe)))
-    tree["eval"] = {"suites": {"toy": {"set": "toy_val"}}, "num_actors": 2}
-    tree["schedule"] = {"poll_seconds": 1}
-    recipe.write_text(json.dumps(tree))  # JSON is YAML
+    tree = yaml.safe_load(SMOKE.read_text()) | {
+        "run_dir": run,
+        "eval": {"suites": {"toy": {"set": "toy_val"}}, "num_actors": 2},
+        "schedule": {"poll_seconds": 1},
+        "phases": {"teacher": {"data": {"mixture": {"toy_detection": 1}},
+                               "train": {"steps": 4, "checkpoint_every": 2}}},
+    }  # fmt: skip
+    tree["data"]["root"] = f"{s3_folder}/data"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
 
     said = cluster.glipv2("submit", "pretrain", recipe, "--phase", "teacher", "--name", "teach")
     assert committed_steps(f"{run}/teacher") == [2, 4]
@@ -159,7 +166,8 @@ def test_a_job_is_stopped_by_name(
     recipe = tmp_path / "watch.yaml"
     recipe.write_text(json.dumps({"run_dir": f"{s3_folder}/run",
                                   "eval": {"suites": {"toy": {"set": out}}}}))  # fmt: skip
-    name = cluster.glipv2("submit", "schedule", recipe, "--no-wait").split()[-1]
+    name = "watched"
+    cluster.glipv2("submit", "schedule", recipe, "--no-wait", "--name", name)
     deadline = time.monotonic() + 120
     while "RUNNING" not in line_of(cluster, name):
         assert time.monotonic() < deadline
@@ -180,10 +188,3 @@ def test_nobody_gets_in_without_the_token(cluster: Cluster) -> None:
     assert "wants its token: set RAY_AUTH_TOKEN" in said
     wrong = Cluster(cluster.address, cluster.environment | {"RAY_AUTH_TOKEN": "0" * 32})
     assert "wants its token" in wrong.glipv2("jobs", "list", code=2)
-
-
-def recipe_tree(path: Path) -> dict[str, object]:
-    import yaml
-
-    tree: dict[str, object] = yaml.safe_load(path.read_text())
-    return tree

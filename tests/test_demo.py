@@ -1,0 +1,119 @@
+"""glipv2 demo: the page answers as the model does, says what is wrong, and opens in a browser."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from scored_runs import tiny_model  # noqa: E402
+
+from glipv2.data_prep.toy import toy_record  # noqa: E402
+from glipv2.jobs import demo  # noqa: E402
+from glipv2.jobs.cli import main  # noqa: E402
+from glipv2.jobs.demo import CATEGORIES, TEXT, areas, colours_of, demo_page, highlighted  # noqa: E402
+from glipv2.jobs.ground import load  # noqa: E402
+from glipv2.model.batch import Detection  # noqa: E402
+from glipv2.model.grounder import Grounder  # noqa: E402
+from glipv2.pipeline.errors import ConfigError  # noqa: E402
+
+ASKED = "a red square and a blue circle"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "model").mkdir()
+    for name, content in tiny_model(3, heads=True).items():
+        (folder / "model" / name).write_bytes(content)
+    (folder / "toy.jpg").write_bytes(toy_record("toy_val", 0, seed=1, size=64).image)
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def address(checkpoint: Path) -> Iterator[str]:
+    page = demo_page(load(str(checkpoint)), "tiny")
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    yield address
+    page.close()
+
+
+def ask(address: str, checkpoint: Path, asked: str, kind: str, threshold: float) -> Any:
+    from gradio_client import Client, handle_file
+
+    picture = handle_file(str(checkpoint.parent / "toy.jpg"))
+    client = Client(address, verbose=False)
+    return client.predict(picture, asked, kind, threshold, False, api_name="/find")
+
+
+def test_the_page_shows_what_the_model_finds(address: str, checkpoint: Path) -> None:
+    image = (checkpoint.parent / "toy.jpg").read_bytes()
+    [expected] = Grounder.load(str(checkpoint)).detect(
+        [image], ["red square", "blue circle"], score_threshold=0.02
+    )
+    assert len(expected.phrases) > 0
+    picture, words, table = ask(address, checkpoint, "red square, blue circle", CATEGORIES, 0.02)
+    assert [row[0] for row in table["data"]] == expected.phrases
+    assert [row[1] for row in table["data"]] == [round(s, 3) for s in expected.scores_K.tolist()]
+    value = picture.get("value", picture)
+    assert [a["label"] for a in value["annotations"]] == expected.phrases
+    assert {token["token"] for token in words.get("value", words)} == set(expected.phrases)
+
+
+def test_a_mistake_is_told_on_the_page(address: str, checkpoint: Path) -> None:
+    from gradio_client.exceptions import AppError
+
+    with pytest.raises(AppError, match="has no noun phrase"):
+        ask(address, checkpoint, "of the", TEXT, 0.5)
+    with pytest.raises(AppError, match="names no category"):
+        ask(address, checkpoint, " , ", CATEGORIES, 0.5)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_page_opens_in_a_browser_and_loads_nothing_from_elsewhere(
+    address: str, tmp_path: Path
+) -> None:
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+               "--virtual-time-budget=20000", f"--user-data-dir={tmp_path}", address]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    for said in ("Grounding with GLIPv2", TEXT, CATEGORIES, "Lowest score", "Find"):
+        assert said in done.stdout, done.stdout[-2000:]
+
+
+def found(phrases: list[str], masks: bool = False) -> Detection:
+    count = len(phrases)
+    return Detection(
+        boxes_K4=torch.tensor([[1.2, 2.6, 30.0, 40.0]] * count).reshape(-1, 4),
+        scores_K=torch.linspace(0.9, 0.5, count),
+        labels_K=torch.arange(count),
+        names=phrases,
+        masks_KHW=torch.ones(count, 4, 5, dtype=torch.bool) if masks else None,
+    )
+
+
+def test_words_boxes_and_masks_share_a_label() -> None:
+    one = found(["red square"])
+    assert highlighted(ASKED, one) == [
+        ("a ", None), ("red square", "red square"), (" and a ", None), ("blue circle", None)
+    ]  # fmt: skip
+    assert areas(one) == [((1, 3, 30, 40), "red square")]
+    [(mask, label)] = areas(found(["red square"], masks=True))
+    assert mask.shape == (4, 5) and label == "red square"
+    assert list(colours_of(found(["b", "a"]))) == ["b", "a"]
+
+
+def test_without_gradio_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ConfigError, match=r"pip install 'glipv2\[demo\]'"):
+        demo.demo_page(None, "x")  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--checkpoint", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import webdataset
 from bench_checkpoint import bench_checkpoint
+from bench_chunks import bench_chunks
 from bench_damage import bench_damage
 from bench_data import bench_data
 from bench_engine import bench_engine
@@ -35,6 +36,7 @@ def main() -> None:
     bench_attention()
     bench_losses()
     bench_model()
+    bench_chunks()
     bench_engine()
     bench_checkpoint()
     bench_shards()

@@ -221,7 +221,10 @@ def _complete(url: str, source: Source, shards: list[ShardInfo], plan: dict[str,
     info = {"plan": plan, "licence": source.licence, **source.info, **summed(shards)}
     if not info["totals"]["samples"]:
         counts, first = info["counts"], info["first"]
-        reasons = ", ".join(f"{number} {code}: {first[code]}" for code, number in counts.items())
+        reasons = "; ".join(
+            f"{number} {code} ({REASONS[code].meaning}), first {first[code]}"
+            for code, number in counts.items()
+        )
         undo(url, shards, plan)
         raise DataError(f"{url}: no usable sample in the source ({reasons or 'it is empty'})")
     filled = [shard for shard in shards if shard.samples]

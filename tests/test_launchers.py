@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -131,6 +132,56 @@ def test_torchrun_starts_dead_ranks_again_and_passes_on_that_it_is_told_to_stop(
     assert committed_steps(str(run))[-1] == made(run)  # no step is lost
     ended(by(TORCHRUN, recipe, f"run_dir={run}"))
     assert (run / "losses.jsonl").read_bytes() == expected
+
+
+def test_ranks_whose_clocks_disagree_make_one_run(
+    recipe: Path, folder: Path, expected: bytes
+) -> None:
+    """Rank 1 begins in another second, and thinks it is two hours ago; in mid-run rank 0 is set
+    back by an hour. No name and no decision may follow from that."""
+    site, run = folder / "site", folder / "clocks"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "real, begun = time.time, time.monotonic()\n"
+        "first, later = map(float, os.environ['CLOCK_SHIFTS'].split())\n"
+        "time.time = lambda: real() + (first if time.monotonic() < begun + 15 else later)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank, shifts in enumerate(("0 -3600", "-7200 -7200")):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CLOCK_SHIFTS": shifts,
+               "PYTHONPATH": site}  # fmt: skip
+        ranks.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "glipv2.jobs.cli",
+                    "pretrain",
+                    str(recipe),
+                    f"run_dir={run}",
+                ],
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {name: str(value) for name, value in own.items()},
+            )  # fmt: skip
+        )
+        time.sleep(1.2)
+    for process in ranks:
+        ended(process)
+    assert (run / "losses.jsonl").read_bytes() == expected
+    assert committed_steps(str(run)) == committed_steps(str(folder / "undisturbed"))
+    there, usual = (
+        {path.name for path in where.iterdir()} for where in (run, folder / "undisturbed")
+    )
+    assert there == usual
+    assert len(list((run / "tensorboard").iterdir())) == 1
 
 
 def test_deepspeeds_launcher_does_too(recipe: Path, folder: Path, expected: bytes) -> None:

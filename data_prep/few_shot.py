@@ -54,7 +54,7 @@ def draw(examples: Sequence[Counter[int]], shots: int, seed: int) -> list[int]:
 
 
 def few_shot_set(url: str, whole: ShardSet, shots: int, seed: int) -> ShardSet:
-    """The subset of `whole` at `url`, made unless it is there.
+    """The subset of `whole` at `url`, made unless it is there; 0 shots take all images.
 
     DataError if another subset is there, or if no image has a box.
     """
@@ -65,7 +65,8 @@ def few_shot_set(url: str, whole: ShardSet, shots: int, seed: int) -> ShardSet:
             raise DataError(f"{url} holds another subset than {wanted}; delete it, or move away")
         return known
     images = list(read_images(whole))
-    chosen = draw([image.examples for image in images], shots, seed)
+    examples = [image.examples for image in images]
+    chosen = draw(examples, shots, seed) if shots else list(range(len(images)))
     if not chosen:
         raise DataError(f"{whole.url} has no box to learn from, so there is no subset to draw")
     samples = repeated(whole, [images[number] for number in chosen])

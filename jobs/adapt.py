@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from statistics import fmean, stdev
 from typing import Any
 
-from glipv2.data_prep.few_shot import few_shot_set
+from glipv2.data_prep.few_shot import LEAST, few_shot_set
 from glipv2.jobs.adapt_cell import ZERO_SHOT, Cell, Tuner, shots_name
 from glipv2.jobs.evaluate_suites import open_suite
 from glipv2.jobs.pretrain import check_mixture
@@ -91,13 +91,13 @@ def _cells(config: RunConfig, ways: dict[str, RunConfig], name: str) -> Iterator
 
 def _subset(config: RunConfig, name: str, own: AdaptSetConfig, shots: int, seed: int) -> ShardSet:
     """What a cell is tuned on: a published split, a drawn one, or the whole set."""
-    if shots and own.splits:
-        return open_shard_set(config.set_url(own.split(shots, seed)))
-    whole = open_shard_set(config.set_url(own.train))
-    if not shots:
-        return whole
+    published = shots and own.splits
+    given = open_shard_set(config.set_url(own.split(shots, seed) if published else own.train))
+    drawn = 0 if published else shots
+    if not drawn and given.samples >= LEAST:
+        return given
     part = f"{name}-{shots_name(shots)}-seed-{seed}"
-    return few_shot_set(storage.join(config.run_dir, "subsets", part), whole, shots, seed)
+    return few_shot_set(storage.join(config.run_dir, "subsets", part), given, drawn, seed)
 
 
 def _images(subset: ShardSet) -> int:

@@ -22,7 +22,8 @@ from glipv2.jobs.report import write_report  # noqa: E402
 from glipv2.pipeline import ray_map  # noqa: E402
 from glipv2.pipeline.config_loader import config_from_tree, load_config  # noqa: E402
 from glipv2.pipeline.errors import ConfigError, RankFailedError  # noqa: E402
-from glipv2.pipeline.shard_reader import open_shard_set  # noqa: E402
+from glipv2.pipeline.shard_reader import iterate_records, open_shard_set  # noqa: E402
+from glipv2.pipeline.shards import write_shard_set  # noqa: E402
 
 STEPS = 3
 
@@ -188,15 +189,16 @@ def test_what_can_not_be_compared_is_refused(recipe: Path, tmp_path: Path) -> No
 
 
 def test_published_splits_are_taken_where_they_are_named(recipe: Path, tmp_path: Path) -> None:
-    from glipv2.data_prep.few_shot import few_shot_set
-
-    whole = open_shard_set(str(recipe.parent / "train"))
-    published = few_shot_set(str(tmp_path / "cut_1_3"), whole, 1, 7)
+    few = list(iterate_records(str(recipe.parent / "train")))[:2]
+    categories = open_shard_set(str(recipe.parent / "train")).categories
+    published = write_shard_set(str(tmp_path / "cut_1_3"), few, categories, {})
     config = load_config(str(recipe), [
         f"run_dir={tmp_path / 'run'}", "adapt.shots=[1,0]", "adapt.seeds=[3]",
         f"adapt.sets.shapes.splits={tmp_path}/cut_{{shots}}_{{seed}}", "adapt.epochs=4",
     ])  # fmt: skip
     _, one, every = plan(config, {"full": config})
-    assert one.config.data.mixture == {published.url: 1.0}
-    assert every.config.data.mixture == {whole.url: 1.0} and every.images == 24
-    assert every.config.train.steps == 24 and not (tmp_path / "run" / "subsets").exists()
+    [url] = one.config.data.mixture
+    repeated = [record.image for record in iterate_records(url)]  # enough for any stream
+    assert open_shard_set(url).info["few_shot"]["of"] == published.digest
+    assert repeated == [record.image for record in few] * 32 and one.images == 2
+    assert every.images == 24 and every.config.train.steps == 24

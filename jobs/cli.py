@@ -1,13 +1,12 @@
 """glipv2 COMMAND ...: one subcommand per file of this folder.
 
-Exit codes: 0 done; 1 a check failed or the disk is full; 2 a mistake in input or configuration,
-explained; 3 stopped but can be run again with the same command; 75 the same, told to stop and all
-steps saved; 130 interrupted.
+Exit codes: 0 done; 1 a check failed; 2 a mistake in input or configuration, explained; 3 stopped
+but can be run again with the same command; 74 the same, once there is room on the disk; 75 the
+same, told to stop and all steps saved; 130 interrupted.
 """
 
 import argparse
 import difflib
-import errno
 import importlib
 import logging
 import os
@@ -138,7 +137,6 @@ missing, unexpected or of another shape is an error that lists it.""",
 }
 CAN_BE_RUN_AGAIN = 3
 PREEMPTED = 75
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -206,7 +204,14 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
 
 
 def _guarded(parsed: argparse.Namespace) -> int:
-    from glipv2.pipeline.errors import PreemptedError, RankFailedError, StoreError, UserError
+    from glipv2.pipeline.errors import (
+        DISK_FULL,
+        PreemptedError,
+        RankFailedError,
+        StoreError,
+        UserError,
+        is_disk_full,
+    )
 
     module = importlib.import_module(f"glipv2.jobs.{parsed.command}")
     try:
@@ -221,13 +226,13 @@ def _guarded(parsed: argparse.Namespace) -> int:
         print(f"glipv2 {parsed.command}: {error}", file=sys.stderr)  # noqa: T201
         return 2
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if not is_disk_full(error):
             raise
         print(  # noqa: T201
             f"glipv2 {parsed.command}: {error}; make room, then the same command goes on from here",
             file=sys.stderr,
         )
-        return 1
+        return DISK_FULL
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
         return 130

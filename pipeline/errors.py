@@ -1,5 +1,10 @@
 """The ways in which something can be wrong that is not a bug of ours."""
 
+import errno
+
+DISK_FULL = 74
+"""Exit code where nobody can go on before there is room (sysexits' EX_IOERR)."""
+
 
 class UserError(Exception):
     """A user's mistake or a broken input: the command ends with this text and exit code 2.
@@ -55,3 +60,7 @@ def require(condition: bool, key: str, rule: str, value: object) -> None:
     """Raise ConfigError, saying by which rule the setting `key` can't be `value`."""
     if not condition:
         raise ConfigError(f"{key} must be {rule}, not {value!r}")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -5,6 +5,7 @@ only, and a rank's loader processes are killed with it. The launcher holds the s
 the ranks find each other. It knows no more of a rank than how it ended.
 """
 
+import errno
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ from typing import Any
 from glipv2.pipeline import preemption, storage
 from glipv2.pipeline.checkpoint import committed_steps
 from glipv2.pipeline.config import RunConfig
-from glipv2.pipeline.errors import PreemptedError, RankFailedError, UserError
+from glipv2.pipeline.errors import DISK_FULL, PreemptedError, RankFailedError, UserError
 from glipv2.pipeline.watch import HUNG, LOST_PEER, STACKS
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ def launch_ranks(command: list[str], config: RunConfig) -> None:
     """Run a command as train.processes ranks until they are done.
 
     Raises UserError when a rank ended with exit code 2 (it has printed why), PreemptedError when
-    the ranks were told to stop and have saved, RankFailedError when they keep dying.
+    the ranks were told to stop and have saved, OSError when a disk is full, RankFailedError when
+    they keep dying.
     """
     limit, restarts, newest = config.supervise.max_restarts, 0, newest_step(config)
     with _signals_as_events() as events:
@@ -224,6 +226,8 @@ def _verdict(ended: list[Ended], told: signal.Signals | None, world_size: int) -
     failed = [end for end in ended if end.code not in (0, preemption.EXIT_CODE)]
     if not failed:  # the others did not come to their end
         return Ended(next(r for r in range(world_size) if r not in {e.rank for e in ended}), HUNG)
+    if DISK_FULL in codes:
+        raise OSError(errno.ENOSPC, "a rank could not write, for the reason printed above")
     if STORE_FAILED in codes:
         raise RankFailedError("pretraining stopped; the reason is printed above")
     return next((end for end in failed if end.code != LOST_PEER), failed[0])

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from glipv2.pipeline import dist, preemption
 from glipv2.pipeline.config import RunConfig
-from glipv2.pipeline.errors import PreemptedError, RankFailedError, UserError
+from glipv2.pipeline.errors import PreemptedError, RankFailedError, UserError, is_disk_full
 from glipv2.pipeline.launch import newest_step
 from glipv2.pipeline.ray_cluster import start_ray
 
@@ -131,6 +131,10 @@ def _rank(job: dict[str, Any]) -> None:
     try:
         train(job["config"])
     except (PreemptedError, UserError) as error:
+        ray.get(ends.note.remote(error))
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
         ray.get(ends.note.remote(error))
 
 

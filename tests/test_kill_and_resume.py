@@ -163,6 +163,29 @@ def test_world_size_2_then_1_then_2_in_one_epoch_gives_the_same_losses(
         assert got == pytest.approx(want, rel=1e-6, abs=1e-7), want["step"]
 
 
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_at_once_and_room_lets_it_go_on(
+    recipe: Path, undisturbed: Path, folder: Path
+) -> None:
+    disk = folder / "disk"
+    disk.mkdir()
+    one = sum(file.stat().st_size for file in (undisturbed / "checkpoints/step-000003").iterdir())
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={one * 3 // 2}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        said = finish("pretrain", recipe, f"run_dir={disk}/run", code=74)
+        assert "No space left on device" in said and "make room" in said
+        assert committed_steps(f"{disk}/run") == [3]  # whole, though the next one failed
+        assert not (disk / "run" / "restarts.jsonl").exists()
+        subprocess.run(["mount", "-o", f"remount,size={one * 8}", str(disk)], check=True)
+        finish("pretrain", recipe, f"run_dir={disk}/run")
+        for name in ("losses.jsonl", SAMPLES):
+            assert (disk / "run" / name).read_bytes() == (undisturbed / name).read_bytes()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def test_a_rank_that_starts_after_its_launcher_died_ends_at_once() -> None:
     """Its launcher was killed while it was still loading: nobody would ever join it."""
     ended = subprocess.run(

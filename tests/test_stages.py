@@ -75,14 +75,14 @@ def test_the_settings_of_a_run_are_written_once(tmp_path: Path) -> None:
     assert yaml.safe_load(resolved.read_text())["train"]["steps"] == 9999
 
 
-def test_a_full_disk_is_said_with_exit_code_1(
+def test_a_full_disk_is_said_with_an_exit_code_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fills_the_disk(arguments: argparse.Namespace) -> int:
         return Path("/dev/full").write_bytes(b"x")
 
     monkeypatch.setattr(doctor, "run", fills_the_disk)
-    assert main(["doctor"]) == 1
+    assert main(["doctor"]) == 74
     said = capsys.readouterr().err
     assert "No space left on device" in said
     assert "make room" in said

@@ -74,6 +74,7 @@ def write_comparison(run_dirs: list[str], out: str) -> str:
 def _scored(run_dirs: list[str]) -> dict[str, Any]:
     """What the templates show of suites and of tuning."""
     return {
+        "several": len(run_dirs) > 1,
         "suites": suite_tables(run_dirs),
         "alerts": alerts(run_dirs),
         "adapted": adapted(run_dirs[0]) if len(run_dirs) == 1 else None,

@@ -44,7 +44,7 @@ RECALL = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examples:
+class SuitePictures:
     """Pictures of what was found well and badly."""
 
     threshold: float
@@ -65,7 +65,7 @@ class Detail:
     plot: Plot | None
     """Precision over recall at IoU 0.5."""
     key: list[tuple[str, str]]
-    examples: Examples | None
+    examples: SuitePictures | None
 
 
 def detail(result: dict[str, Any], run_dir: str, model: str) -> Detail | None:
@@ -108,7 +108,7 @@ def _curves(per_category: dict[str, dict[str, Any]], ranked: Sequence[str]) -> l
     ]
 
 
-def _examples(result: dict[str, Any], set_url: str, run_dir: str) -> Examples | None:
+def _examples(result: dict[str, Any], set_url: str, run_dir: str) -> SuitePictures | None:
     """None where predictions or pictures are gone, and for sets whose truth is not complete."""
     settings = dict(result["settings"])
     precision = settings.pop("precision")
@@ -154,9 +154,9 @@ def _entries(
             }
 
 
-def _chosen(records: dict[str, Record], entries: list[dict[str, Any]]) -> Examples:
+def _chosen(records: dict[str, Record], entries: list[dict[str, Any]]) -> SuitePictures:
     threshold, seen = outcomes(entries)
-    return Examples(
+    return SuitePictures(
         threshold=threshold,
         images=len(entries),
         best=tuple(well_found(picture_of(records[o.key]), o) for o in _best(seen)),

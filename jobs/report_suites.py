@@ -122,8 +122,9 @@ def _table(
         for step in dict.fromkeys((max(by_step), int(best))):
             said = f"{run} step {step}".strip() + (", best" if step == best else "")
             rows.append(Row(name=said, cells=_cells(by_step[step]["metrics"], metrics, 1.0)))
-    plot = line_plot(f"{suite}: {first}", series, "step")
-    key = [(s.name, s.style) for s in series] if len(series) > 1 else []
+    several = any(len(one.points) > 1 for one in series)
+    plot = line_plot(f"{suite}: {first}", series, "step") if several else None
+    key = [(s.name, s.style) for s in series] if plot and len(series) > 1 else []
     _, run, step = max(tops, key=lambda top: top[0])
     closely = detail(runs[run][step], urls[run], f"{run} step {step}".strip())
     return SuiteTable(name=suite, plot=plot, key=key, metrics=metrics, ours=rows,

@@ -1,6 +1,6 @@
 """More categories than one prompt holds: image features computed once, against once per prompt.
 
-    PYTHONPATH=infra python infra/bench_chunks.py
+PYTHONPATH=infra python infra/bench_chunks.py
 """
 
 from dataclasses import replace

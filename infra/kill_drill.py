@@ -191,7 +191,7 @@ def steps_made(run: Path) -> int:
 
 def has_new_step(run: Path, resumed_from: int, since: float) -> bool:
     """Whether the log, cut back by the restart, has a step that was made after it."""
-    return (run / LOSSES).stat().st_mtime > since and steps_made(run) > resumed_from
+    return steps_made(run) > resumed_from and (run / LOSSES).stat().st_mtime > since
 
 
 def restarts_of(run: Path) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ lint: setup
 	.venv/bin/lint-imports
 
 test: setup
-	$(ON_CPU) .venv/bin/pytest -n 3 --dist loadfile -m "not slow and not gpu"
+	$(ON_CPU) .venv/bin/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-all: setup
 	$(ON_CPU) .venv/bin/pytest -m "not gpu"

@@ -37,6 +37,8 @@ LINGER = 4.0
 """Seconds that ranks get to end by themselves when one has failed, and say why."""
 LOOK = 1.0
 """Seconds between two looks for ranks that somebody has stopped."""
+WATCHES_FIRST = 5.0
+"""Seconds that the watches of the other ranks get to notice a stopped one before it is woken."""
 RESTARTS = "restarts.jsonl"
 
 
@@ -202,7 +204,7 @@ class _Ranks:
                 self.stopped_since.pop(process.pid, None)
                 continue
             since = self.stopped_since.setdefault(process.pid, time.monotonic())
-            if time.monotonic() - since > self.longest_stop:
+            if time.monotonic() - since > self.longest_stop + WATCHES_FIRST:
                 process.send_signal(signal.SIGCONT)
 
 

@@ -116,11 +116,20 @@ def test_told_to_stop_it_loses_no_step_and_a_rank_that_hangs_is_noticed(
 def hit(
     process: "subprocess.Popen[str]", rank: int, number: signal.Signals, when: Callable[[], bool]
 ) -> None:
-    """Send a rank of a running pretraining a signal as soon as the condition holds."""
+    """Send a rank of a running pretraining a signal as soon as the condition holds.
+
+    The rank is looked for before: on a busy machine that takes as long as many steps.
+    """
+    pids: list[int] = []
+
+    def started() -> bool:
+        pids.extend(filter(None, [rank_process(process.pid, rank)]))
+        return bool(pids)
+
+    assert wait_for(lambda: process.poll() is not None or started(), TIMEOUT)
     assert wait_for(lambda: process.poll() is not None or when(), TIMEOUT)
-    pid = rank_process(process.pid, rank)
-    assert pid is not None, process.communicate()[1]
-    os.kill(pid, number)
+    assert process.poll() is None, process.communicate()[1]
+    os.kill(pids[0], number)
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_told_to_stop_it_loses_no_step_and_a_rank_that_hangs_is_noticed(
     assert committed_steps(str(run))[-1] == made
 
     process = start(*command, "supervise.step_seconds=6", "supervise.data_seconds=6")
-    hit(process, 1, signal.SIGSTOP, step_logged(run, made))
+    hit(process, 1, signal.SIGSTOP, step_logged(run, made + 1))  # the first step counts as set-up
     said = process.communicate(timeout=TIMEOUT)[1]
     assert process.returncode == 0, said
     assert "ended with exit code 70 (it hung); starting all ranks again" in said

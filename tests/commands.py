@@ -15,7 +15,7 @@ from glipv2.model.folders import step_url
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "tests" / "recipes" / "smoke.yaml"
-TIMEOUT = 240.0
+TIMEOUT = 480.0
 
 
 def smoke_recipe(folder: Path, **changes: Any) -> Path:

@@ -26,8 +26,9 @@ def bench_chunks() -> None:
 
 
 def bench_model_chunks(name: PresetName) -> None:
-    config = replace(preset(name), masked_words=False, contrast=False)
-    config = replace(config, input=replace(config.input, short_side=SIZE[0], long_side=SIZE[1]))
+    whole = preset(name)
+    size = replace(whole.input, short_side=SIZE[0], long_side=SIZE[1])
+    config = replace(whole, masked_words=False, contrast=False, input=size)
     model = build_model(config, seed=0).eval()
     tokenizer = Tokenizer.from_vocab(tiny_vocab(), config.text_encoder.max_tokens)
     grounder = Grounder(model, tokenizer)

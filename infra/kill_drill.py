@@ -209,7 +209,7 @@ def differences(calm: Path, killed: Path, steps: int) -> list[str]:
 
 
 def uneven(ledger: list[dict[str, Any]]) -> list[str]:
-    """Sources of which a sample was used two times more often than another, or never."""
+    """Sources of which one sample was used two times more often than another."""
     used = Counter(key for entry in ledger for key in entry["samples"])
     counts: dict[str, list[int]] = {}
     for key, count in used.items():

@@ -16,10 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
 from kill_drill import command, ranks, restarts_of, steps_made, wait, write_recipe
 
-STEPS, CHECKPOINT_EVERY = 10**6, 20
+STEPS = 10**6
+SETTINGS = ["train.checkpoint_every=20", "log.samples=false"]
 PROMISED = 0.9
 
 
@@ -31,10 +31,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     arguments = parser.parse_args()
     recipe = write_recipe(arguments.out, STEPS)
-    tree = yaml.safe_load(recipe.read_text())
-    tree["train"]["checkpoint_every"] = CHECKPOINT_EVERY
-    tree["log"]["samples"] = False
-    recipe.write_text(yaml.safe_dump(tree))
     seconds, draw = 60 * arguments.minutes, random.Random(arguments.seed)
     calm, _ = train_for(recipe, arguments.out / "undisturbed", seconds / 3, seconds, draw)
     made, kills = train_for(recipe, arguments.out / "killed", seconds, arguments.every, draw)
@@ -51,7 +47,7 @@ def train_for(
     recipe: Path, run: Path, seconds: float, every: float, draw: random.Random
 ) -> tuple[int, int]:
     """(steps, kills) from the first step on; a rank is killed after every `every` seconds."""
-    launcher = subprocess.Popen(command(recipe, run))
+    launcher = subprocess.Popen([*command(recipe, run), *SETTINGS])
     kills = 0
     try:
         wait(launcher, lambda: steps_made(run) > 0)

@@ -8,10 +8,12 @@ from typing import Any
 
 from glipv2.jobs.adapt import AVERAGE, RESULT, cell_text
 from glipv2.jobs.adapt_cell import ZERO_SHOT, shots_name
-from glipv2.jobs.report_suites import PERCENT, Row
+from glipv2.jobs.report_suites import Row, published_rows
 from glipv2.pipeline import storage
 
 ODINW13 = "odinw13"
+TUNED = ("full tuning", "linear probe", "prompt tuning")
+"""Published settings that a way of tuning may stand beside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +91,4 @@ def _published(sets: set[str], shots: list[int]) -> list[Row]:
     if sets != {own.name for own in odinw_sets(13)}:
         return []
     metrics = [f"ap_{number}_shot" if number else "ap" for number in shots]
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    for figure in published(ODINW13):
-        tuned = figure.setting in ("full tuning", "linear probe", "prompt tuning")
-        if tuned and figure.metric in metrics and not figure.set:
-            doubt = "" if figure.tag == "paper" else f", {figure.tag}"
-            source = f"published, {figure.setting}, {figure.source}{doubt}"
-            found.setdefault((figure.model, source), {})[figure.metric] = figure.value
-    return [
-        Row(name=model, source=source,
-            cells=[f"{own[m] / PERCENT:.3f}" if m in own else "–" for m in metrics])
-        for (model, source), own in found.items()
-    ]  # fmt: skip
+    return published_rows((f for f in published(ODINW13) if f.setting in TUNED), metrics)

@@ -3,15 +3,18 @@
 Reads RUN/eval/step-N/SUITE.json of one run or several, and of their phases if they have any.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glipv2.jobs.evaluate_suites import read_result
 from glipv2.jobs.plots import Plot, Series, line_plot
 from glipv2.jobs.report_details import Detail, detail
 from glipv2.model.folders import STEP_NAME
 from glipv2.pipeline import storage
+
+if TYPE_CHECKING:
+    from glipv2.eval.published import Published
 
 STYLES = ("accent", "second", "teacher", "control")
 PERCENT = 100.0
@@ -132,11 +135,16 @@ def _table(
 
 
 def _published(suite: str, metrics: list[str]) -> list[Row]:
-    """Those of a suite with the name of a published one, a row for each model and setting."""
+    """Those of a suite with the name of a published one."""
     from glipv2.eval.published import published
 
+    return published_rows(published(suite), metrics)
+
+
+def published_rows(figures: "Iterable[Published]", metrics: list[str]) -> list[Row]:
+    """Figures of whole suites: a row for each model and setting, a cell for each metric."""
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for figure in published(suite):
+    for figure in figures:
         if figure.metric in metrics and not figure.set:
             doubt = "" if figure.tag == "paper" else f", {figure.tag}"
             source = f"published, {figure.setting}, {figure.source}{doubt}"

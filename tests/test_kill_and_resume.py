@@ -120,16 +120,13 @@ def hit(
 
     The rank is looked for before: on a busy machine that takes as long as many steps.
     """
-    pids: list[int] = []
-
-    def started() -> bool:
-        pids.extend(filter(None, [rank_process(process.pid, rank)]))
-        return bool(pids)
-
-    assert wait_for(lambda: process.poll() is not None or started(), TIMEOUT)
+    assert wait_for(
+        lambda: process.poll() is not None or rank_process(process.pid, rank) is not None, TIMEOUT
+    )
+    pid = rank_process(process.pid, rank)
     assert wait_for(lambda: process.poll() is not None or when(), TIMEOUT)
-    assert process.poll() is None, process.communicate()[1]
-    os.kill(pids[0], number)
+    assert pid is not None and process.poll() is None, process.communicate()[1]
+    os.kill(pid, number)
 
 
 @pytest.mark.slow

@@ -60,11 +60,14 @@ def expected(recipe: Path, folder: Path) -> bytes:
     return (folder / "undisturbed" / "losses.jsonl").read_bytes()
 
 
-def by(launcher: list[str], *arguments: object) -> "subprocess.Popen[str]":
+def by(
+    launcher: list[str], *arguments: object, environment: dict[str, object] | None = None
+) -> "subprocess.Popen[str]":
     """`glipv2 pretrain` under another launcher, output collected."""
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, "glipv2.jobs.cli", "pretrain", *map(str, arguments)],
         cwd=ROOT,
+        env=os.environ | {name: str(value) for name, value in (environment or {}).items()},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -155,23 +158,7 @@ def test_ranks_whose_clocks_disagree_make_one_run(
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CLOCK_SHIFTS": shifts,
                "PYTHONPATH": site}  # fmt: skip
-        ranks.append(
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "glipv2.jobs.cli",
-                    "pretrain",
-                    str(recipe),
-                    f"run_dir={run}",
-                ],
-                cwd=ROOT,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {name: str(value) for name, value in own.items()},
-            )  # fmt: skip
-        )
+        ranks.append(by([], recipe, f"run_dir={run}", environment=own))
         time.sleep(1.2)
     for process in ranks:
         ended(process)

@@ -112,16 +112,21 @@ def wait_for_dashboard(port: str, token: str) -> None:
             time.sleep(0.5)
 
 
-def test_every_stage_runs_from_and_to_an_object_store(
-    cluster: Cluster, s3_folder: str, s3_endpoint: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+@pytest.fixture
+def bucket(s3_folder: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new folder of the store, which this process reaches as the nodes do, past the proxy."""
     for name, value in environment(s3_endpoint).items():
         monkeypatch.setenv(name, value)
+    return s3_folder
+
+
+def test_every_stage_runs_from_and_to_an_object_store(
+    cluster: Cluster, bucket: str, tmp_path: Path
+) -> None:
     for name, count in SETS.items():
         command = ["prepare", "toy", "--set", name, "--count", str(count), "--size", "64"]
-        assert main([*command, "--out", f"{s3_folder}/data/{name}"]) == 0
-    run = f"{s3_folder}/run"
+        assert main([*command, "--out", f"{bucket}/data/{name}"]) == 0
+    run = f"{bucket}/run"
     tree = yaml.safe_load(SMOKE.read_text()) | {
         "run_dir": run,
         "eval": {"suites": {"toy": {"set": "toy_val"}}, "num_actors": 2},
@@ -129,7 +134,7 @@ def test_every_stage_runs_from_and_to_an_object_store(
         "phases": {"teacher": {"data": {"mixture": {"toy_detection": 1}},
                                "train": {"steps": 4, "checkpoint_every": 2}}},
     }  # fmt: skip
-    tree["data"]["root"] = f"{s3_folder}/data"
+    tree["data"]["root"] = f"{bucket}/data"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree))
 
@@ -137,7 +142,7 @@ def test_every_stage_runs_from_and_to_an_object_store(
     assert committed_steps(f"{run}/teacher") == [2, 4]
     assert "job teach ended with exit code 0" in said and "pretrain teacher" in said
     cluster.glipv2("submit", "label", recipe)
-    assert open_shard_set(f"{s3_folder}/data/toy_labelled").samples > 0
+    assert open_shard_set(f"{bucket}/data/toy_labelled").samples > 0
     scored = cluster.glipv2("submit", "evaluate", recipe, "--phase", "teacher")
     assert "images: 12 of 1 set" in scored
     result = storage.read_json(f"{run}/teacher/eval/step-000004/toy.json")
@@ -154,17 +159,12 @@ def test_every_stage_runs_from_and_to_an_object_store(
         assert SECRET_KEY not in told
 
 
-def test_a_job_is_stopped_by_name(
-    cluster: Cluster, s3_folder: str, s3_endpoint: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    for name, value in environment(s3_endpoint).items():
-        monkeypatch.setenv(name, value)
-    out = f"{s3_folder}/data/toy_val"
+def test_a_job_is_stopped_by_name(cluster: Cluster, bucket: str, tmp_path: Path) -> None:
+    out = f"{bucket}/data/toy_val"
     assert main(["prepare", "toy", "--set", "toy_val", "--count", "12", "--size", "64",
                  "--out", out]) == 0  # fmt: skip
     recipe = tmp_path / "watch.yaml"
-    recipe.write_text(json.dumps({"run_dir": f"{s3_folder}/run",
+    recipe.write_text(json.dumps({"run_dir": f"{bucket}/run",
                                   "eval": {"suites": {"toy": {"set": out}}}}))  # fmt: skip
     name = "watched"
     cluster.glipv2("submit", "schedule", recipe, "--no-wait", "--name", name)

@@ -6,9 +6,10 @@ PYTHON ?= python3
 LOCK := requirements.lock
 export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
+# the sources are compiled once, not by each of some hundred processes
+unexport PYTHONDONTWRITEBYTECODE
 # the quickstart and the tests are CPU work, also where there is a GPU
 ON_CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
-
 
 .PHONY: quickstart setup lock lint test test-all bench reproduce-toy clean
 

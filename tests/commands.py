@@ -1,7 +1,5 @@
 """Run glipv2 commands as a user does: real processes that can be killed at any moment."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -55,19 +53,20 @@ def error_line(said: str, command: str) -> str:
     return told
 
 
-def kill_when(condition: Callable[[], bool], *arguments: object, victim: str = "") -> int:
-    """Start a command, SIGKILL it (or its descendant whose command line has `victim`) as soon as
-    the condition holds; returns the exit code."""
-    process = start(*arguments)
+def wait_for(process: "subprocess.Popen[str]", condition: Callable[[], bool]) -> None:
+    """Until the condition holds, of a command that must not have ended by then."""
     deadline = time.monotonic() + TIMEOUT
     while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "the moment to kill never came"
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the moment never came"
         time.sleep(0.02)
-    target = process.pid
-    if victim:
-        target = next(p for p in descendants(process.pid) if victim in command_line(p))
-    os.kill(target, signal.SIGKILL)
+
+
+def kill_when(condition: Callable[[], bool], *arguments: object) -> int:
+    """Start a command, SIGKILL it as soon as the condition holds; returns the exit code."""
+    process = start(*arguments)
+    wait_for(process, condition)
+    process.kill()
     process.communicate(timeout=TIMEOUT)
     return process.returncode
 

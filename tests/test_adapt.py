@@ -18,8 +18,10 @@ from scored_runs import counting_map, scored_config, tiny_model, write_detection
 
 from glipv2.jobs import adapt, adapt_cell  # noqa: E402
 from glipv2.jobs.adapt import cell_text, plan, summarise, table  # noqa: E402
+from glipv2.jobs.prepare import prepare_set  # noqa: E402
 from glipv2.jobs.report import write_report  # noqa: E402
 from glipv2.pipeline import ray_map  # noqa: E402
+from glipv2.pipeline.config import PrepareConfig  # noqa: E402
 from glipv2.pipeline.config_loader import config_from_tree, load_config  # noqa: E402
 from glipv2.pipeline.errors import ConfigError, RankFailedError  # noqa: E402
 from glipv2.pipeline.shard_reader import iterate_records, open_shard_set  # noqa: E402
@@ -36,8 +38,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in tiny_model(0).items():
         (folder / "model" / name).write_bytes(content)
     write_detection(folder / "val")
-    finish("prepare", "toy", "--out", folder / "train", "--set", "toy_detection", "--count", 24,
-           "--size", 64)  # fmt: skip
+    options = PrepareConfig(source="toy", set="toy_detection", count=24, size=64)
+    prepare_set(str(folder / "train"), options)
     head = {"train": {"tune": "linear_probe"}}
     return smoke_recipe(
         folder,

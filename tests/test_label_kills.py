@@ -24,9 +24,11 @@ from commands import (  # noqa: E402
     start,
 )
 from dying_label import POINTS  # noqa: E402
+from in_process import without_ray  # noqa: E402
 from untrained_teacher import save_teacher  # noqa: E402
 
 from glipv2.data_prep import noun_phrases  # noqa: E402
+from glipv2.jobs.cli import main  # noqa: E402
 from glipv2.jobs.label import label  # noqa: E402
 from glipv2.jobs.prepare import prepare_set  # noqa: E402
 from glipv2.pipeline.config import PrepareConfig  # noqa: E402
@@ -75,7 +77,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> dict[str, bytes]:
-    finish("label", recipe(folder, "whole"))
+    """Of one process, without Ray."""
+    with without_ray():
+        label(load_config(str(recipe(folder, "whole")), []))
     files = content(folder / "whole")
     assert len([name for name in files if name.endswith(".tar")]) == SHARDS
     manifest = json.loads(files["dataset.json"])
@@ -137,11 +141,12 @@ def test_a_pair_that_workers_die_of_is_left_out_after_two(
 
 
 def test_other_settings_for_the_same_set_are_refused_by_name(
-    folder: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = finish(
-        "label", recipe(folder, "whole"), "label.max_boxes=7", "label.phrases.stop=[dog]", code=2
-    )
+    folder: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    own = ["label", str(recipe(folder, "whole"))]
+    assert main([*own, "label.max_boxes=7", "label.phrases.stop=[dog]"]) == 2
+    said = capfd.readouterr().err
     assert "max_boxes: 20 there, 7 now" in said and "phrases.stop: [] there, ['dog'] now" in said
     assert said.count(" now\n") == 2
     config = load_config(str(recipe(folder, "whole")), [])
@@ -152,25 +157,30 @@ def test_other_settings_for_the_same_set_are_refused_by_name(
     assert content(folder / "whole") == undisturbed
 
 
-def test_a_dry_run_says_what_is_left_and_writes_nothing(folder: Path) -> None:
-    said = finish("label", recipe(folder, "dry"), "--dry-run", "--price", "2.5")
+def test_a_dry_run_says_what_is_left_and_writes_nothing(
+    folder: Path, undisturbed: dict[str, bytes], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["label", str(recipe(folder, "dry")), "--dry-run", "--price", "2.5"]) == 0
+    said = capfd.readouterr().out
     assert f"{4 * SHARDS} pairs in {SHARDS} shards, of which 0 are done" in said
     found = re.search(r"left: (\d+) pairs, [\w ]+ of work for one worker; about", said)
     assert found is not None and int(found[1]) == 4 * SHARDS
     assert re.search(r"cost: [\d.]+ at 2.5 an hour", said) and "max_boxes: 20" in said
     assert not (folder / "dry").exists()
-    said = finish("label", recipe(folder, "whole"), "--dry-run")
+    assert main(["label", str(recipe(folder, "whole")), "--dry-run"]) == 0
+    said = capfd.readouterr().out
     assert f"of which {SHARDS} are done" in said and "nothing is left to do" in said
 
 
 def test_what_killed_writers_left_is_removed_on_demand(
-    folder: Path, undisturbed: dict[str, bytes]
+    folder: Path, undisturbed: dict[str, bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = folder / "whole"
     (out / "attempts").mkdir(exist_ok=True)
     for leftover in ("attempts/shard-000001-12ab.tar", "attempts/.attempt-x1", ".attempt-x2"):
         (out / leftover).write_bytes(b"half")
-    assert "3 leftover" in finish("label", recipe(folder, "whole"), "--gc")
+    assert main(["label", str(recipe(folder, "whole")), "--gc"]) == 0
+    assert "3 leftover" in capfd.readouterr().out
     assert content(out) == undisturbed
 
 

@@ -12,6 +12,7 @@ import yaml
 from untrained_teacher import save_teacher
 
 sys.path.insert(0, str(Path(__file__).parent))
+from in_process import without_ray
 from page_parser import shown
 
 from glipv2.data_prep.noun_phrases import noun_phrases
@@ -22,7 +23,6 @@ from glipv2.jobs.label_plan import make_plan
 from glipv2.jobs.label_report import Shown
 from glipv2.jobs.prepare import prepare_set
 from glipv2.model.grounder import Grounder
-from glipv2.pipeline import ray_map
 from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.config_loader import load_config
 from glipv2.pipeline.errors import ConfigError, DataError
@@ -35,11 +35,9 @@ PAIRS, SHARDS = 12, 3
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    def mapped(make_worker, items, **_):
-        return ray_map.map_in_process(make_worker, items)
-
-    monkeypatch.setattr(ray_map, "map_on_ray", mapped)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with without_ray():
+        yield
 
 
 @pytest.fixture(scope="module")

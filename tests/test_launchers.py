@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from commands import (  # noqa: E402
     rank_process,
     smoke_recipe,
     start,
+    wait_for,
 )
 
 from glipv2.jobs.prepare import prepare_set  # noqa: E402
@@ -73,14 +74,6 @@ def by(
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-
-
-def wait_for(process: "subprocess.Popen[str]", condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def made(run: Path) -> int:

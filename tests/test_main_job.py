@@ -83,7 +83,7 @@ def test_any_checkpoint_grounds_a_picture(
 
 def test_a_shard_set_can_be_looked_at(run: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    finish("view", run / "data" / "toy_labelled", "--out", page)
+    assert main(["view", str(run / "data" / "toy_labelled"), "--out", str(page)]) == 0
     assert "toy_pairs-" in page.read_text()
 
 

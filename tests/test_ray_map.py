@@ -63,21 +63,15 @@ def ship(make: Callable[..., object], folder: Path) -> Callable[[], object]:
     return partial(make, str(folder))
 
 
-def test_a_killed_worker_is_replaced_and_its_item_done_again(tmp_path: Path) -> None:
-    make = ship(make_squarer, tmp_path)
-    results = dict(map_on_ray(make, range(6), num_actors=2))  # type: ignore[arg-type]
-    assert results == {n: n * n for n in range(6)}
-    assert (tmp_path / "seen-3").exists()
-
-
-def test_an_item_that_keeps_killing_workers_is_named_after_all_others_are_done(
+def test_a_killed_worker_is_replaced_and_an_item_that_kills_two_is_named_at_the_end(
     tmp_path: Path,
 ) -> None:
-    done = []
-    with pytest.raises(PoisonItemError, match="13"):
-        for item, _ in map_on_ray(ship(make_squarer, tmp_path), [1, 13, 2], num_actors=1):  # type: ignore[arg-type]
-            done.append(item)
-    assert sorted(done) == [1, 2]
+    items, done = [13, *range(6)], {}
+    with pytest.raises(PoisonItemError, match="on: 13; all other"):
+        for item, result in map_on_ray(ship(make_squarer, tmp_path), items, num_actors=2):  # type: ignore[arg-type]
+            done[item] = result
+    assert done == {n: n * n for n in range(6)}
+    assert (tmp_path / "seen-3").exists()
 
 
 def test_how_far_items_are_is_heard_while_they_are_at_work(

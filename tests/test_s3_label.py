@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 from commands import error_line, finish, kill_when  # noqa: E402
 from fault_proxy import Proxy, Rule  # noqa: E402
+from in_process import without_ray  # noqa: E402
 from s3_server import content, watched, without_attempt  # noqa: E402
 from s3fs import S3FileSystem  # noqa: E402
 from untrained_teacher import save_teacher  # noqa: E402
@@ -21,7 +21,7 @@ from untrained_teacher import save_teacher  # noqa: E402
 from glipv2.data_prep.toy import toy_records  # noqa: E402
 from glipv2.jobs.cli import main  # noqa: E402
 from glipv2.jobs.label import label  # noqa: E402
-from glipv2.pipeline import ray_map, retries, storage  # noqa: E402
+from glipv2.pipeline import retries, storage  # noqa: E402
 from glipv2.pipeline.config_loader import load_config  # noqa: E402
 from glipv2.pipeline.shards import (  # noqa: E402
     RawSample,
@@ -71,13 +71,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def label_here(recipe: str) -> None:
     """`glipv2 label` without Ray."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            ray_map, "map_on_ray", lambda make, items, **_: ray_map.map_in_process(make, items)
-        )
+    with without_ray():
         label(load_config(recipe, []))
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from locale import locale_alias
-from typing import Any
+from typing import Any, NamedTuple
 
 from glipv2.data_prep.looks import Look, Looks, Numbers, look_of, perceptual_hash
 from glipv2.data_prep.reasons import Dropped
@@ -18,6 +18,7 @@ from glipv2.data_prep.source import Row
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import CleanConfig
 from glipv2.pipeline.errors import BadSample, ConfigError, DataError
+from glipv2.pipeline.ray_map import noting
 from glipv2.pipeline.records import Record
 from glipv2.pipeline.shards import open_shard_set, parse_record, read_raw
 
@@ -69,13 +70,29 @@ def check_languages(languages: Sequence[str]) -> None:
             )
 
 
-def hashes_of_shard(place: tuple[str, int]) -> list[tuple[int, str]]:
-    """The perceptual hash of each image of one shard, (set's URL, number of the shard), and the
-    image's key and set."""
-    url, number = place
+class UnwantedShard(NamedTuple):
+    """A shard whose images may not be in the set."""
+
+    url: str
+    number: int
+    samples: int
+
+
+def shards_of(urls: Sequence[str]) -> list[UnwantedShard]:
+    """Every shard of the sets."""
+    return [
+        UnwantedShard(url, number, shard.samples)
+        for url in urls
+        for number, shard in enumerate(open_shard_set(url).shards)
+    ]
+
+
+def hashes_of_shard(shard: UnwantedShard) -> list[tuple[int, str]]:
+    """The perceptual hash of each image, and the image's key and set."""
+    url, number, samples = shard
     shard_set = open_shard_set(url)
     hashes = []
-    for raw in read_raw(shard_set, number, 0, shard_set.shards[number].samples):
+    for raw in noting(shard, read_raw(shard_set, number, 0, samples)):
         try:
             hashes.append((perceptual_hash(parse_record(raw).image), f"{raw.key} of {url}"))
         except BadSample as bad:
@@ -83,11 +100,6 @@ def hashes_of_shard(place: tuple[str, int]) -> list[tuple[int, str]]:
                 f"{shard_set.shard_url(number)}: {raw.key}: {bad}; an --exclude set must be whole"
             ) from bad
     return hashes
-
-
-def shards_of(urls: Sequence[str]) -> list[tuple[str, int]]:
-    """Every shard of the sets."""
-    return [(url, number) for url in urls for number in range(len(open_shard_set(url).shards))]
 
 
 def write_looks(url: str, record: Callable[[Row, Dropped], Record], rows: Iterable[Row]) -> None:

@@ -4,6 +4,7 @@ An example is a box that is no crowd (facts G.3). Images come with all of their 
 categories get more than k.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,11 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glipv2.pipeline import storage
-from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.errors import BadSample, DataError
 from glipv2.pipeline.record_json import parse_record
 from glipv2.pipeline.shard_format import MANIFEST, RawSample, ShardSet
 from glipv2.pipeline.shard_reader import SLICE, open_shard_set, raw_samples
 from glipv2.pipeline.shards import shard_name, write_manifest, write_raw_shard
+
+log = logging.getLogger(__name__)
 
 LEAST = 64
 """Samples of a subset, for which its images are repeated: a stream has up to so many lanes."""
@@ -77,11 +80,15 @@ def few_shot_set(url: str, whole: ShardSet, shots: int, seed: int) -> ShardSet:
 
 
 def read_images(whole: ShardSet) -> Iterator[Image]:
-    """Every image of a set, without its pixels."""
+    """Every image of a set, without its pixels; those with a bad record are left out."""
     for number, shard in enumerate(whole.shards):
         for first in range(0, shard.samples, SLICE):
             for place, raw in enumerate(raw_samples(whole, number, first, first + SLICE), first):
-                record = parse_record(raw, len(whole.categories))
+                try:
+                    record = parse_record(raw, len(whole.categories))
+                except BadSample as bad:
+                    log.warning("%s: %s is left out of the subsets: %s", whole.url, raw.key, bad)
+                    continue
                 examples = Counter(
                     region.category
                     for region in record.regions

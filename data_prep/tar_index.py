@@ -14,6 +14,7 @@ from glipv2.data_prep.webdataset import Member, list_tars, tar_record, tar_rows
 from glipv2.data_prep.writing import note_dropped
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import BadSample, DataError
+from glipv2.pipeline.ray_map import noting
 from glipv2.pipeline.record_json import record_members
 from glipv2.pipeline.shard_format import NAME, TAR_BLOCK, ShardInfo, padded
 from glipv2.pipeline.shards import commit_in_place, committed_shard
@@ -45,7 +46,8 @@ def _index_tar(root: str, caption_field: str, plan: str, tar: tuple[str, int]) -
         return done
     dropped, totals, tall = Dropped(), Counter(samples=0, boxes=0, phrases=0), 0
     index = []
-    for row in tar_rows(root, {f"{name}.tar": size}, dropped):
+    rows = tar_rows(root, {f"{name}.tar": size}, dropped)
+    for row in noting(name, rows, lambda _, row: _extent(row)[0]):
         try:
             record = tar_record(root, caption_field, row, dropped)
         except BadSample as error:

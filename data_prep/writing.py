@@ -5,7 +5,6 @@ attempts agree on it without talking to each other, and a committed shard is nev
 """
 
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -17,7 +16,7 @@ from glipv2.data_prep.reasons import Dropped, Note
 from glipv2.data_prep.source import Row, Source
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import BadSample
-from glipv2.pipeline.ray_map import note
+from glipv2.pipeline.ray_map import noting
 from glipv2.pipeline.records import Record
 from glipv2.pipeline.shards import ShardInfo, shard_name, write_shard
 
@@ -25,8 +24,6 @@ LOOKS = "looks"
 """Folder of what duplicates are found by, while a set is being made."""
 DROPPED = "dropped"
 """Folder of the lists of what was left out."""
-NOTE_S = 0.3
-"""Seconds between two notes of how far a chunk is."""
 ToRecord = Callable[[Row, Dropped], Record]
 
 
@@ -82,7 +79,7 @@ def _records(
     stats: dict[str, Any],
 ) -> Iterator[Record]:
     totals, tall = Counter(samples=0, boxes=0, phrases=0), 0
-    for place, row in enumerate(rows_noted(chunk)):
+    for place, row in enumerate(noting(chunk.number, chunk.rows)):
         if place in chunk.repeated:
             dropped.note(chunk.repeated[place], row.where)
             continue
@@ -105,16 +102,6 @@ def _records(
         "first": dropped.first,
     }
     note_dropped(url, name, dropped)
-
-
-def rows_noted(chunk: Chunk) -> Iterator[Row]:
-    """The chunk's rows; now and then a note, (chunk's number, rows done), tells how far it is."""
-    noted = time.monotonic()
-    for place, row in enumerate(chunk.rows):
-        if (now := time.monotonic()) - noted >= NOTE_S:
-            noted = now
-            note((chunk.number, place))
-        yield row
 
 
 def texts_of(record: Record) -> Counter[str]:
@@ -143,7 +130,7 @@ def looks_noter(url: str, record: ToRecord) -> Callable[[Chunk], None]:
 
 
 def _note_looks(url: str, record: ToRecord, chunk: Chunk) -> None:
-    write_looks(_looks_url(url, chunk), record, rows_noted(chunk))
+    write_looks(_looks_url(url, chunk), record, noting(chunk.number, chunk.rows))
 
 
 def without_repeated(url: str, todo: Iterable[Chunk], distance: int) -> Iterator[Chunk]:

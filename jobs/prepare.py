@@ -7,11 +7,11 @@ import argparse
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from glipv2.data_prep.cleaning import (
     Cleaner,
@@ -28,7 +28,6 @@ from glipv2.data_prep.tar_index import tar_indexer, tars_to_index
 from glipv2.data_prep.toy import TOY_SETS
 from glipv2.data_prep.writing import (
     LOOKS,
-    Chunk,
     chunk_writer,
     chunks,
     forget,
@@ -204,7 +203,8 @@ def index_in_place(options: PrepareConfig, workers: int | None = None) -> ShardS
         return _as_found(done)
     workers = _worker_count(source, url, workers)
     make_indexer = partial(tar_indexer, url, options.caption_field, storage.digest(plan))
-    indexed = dict(_mapped(make_indexer, tars, workers, f"index {url.rsplit('/', 1)[-1]}"))
+    text, size = f"index {url.rsplit('/', 1)[-1]}", sum(size for _, size in tars)
+    indexed = dict(_mapped(make_indexer, tars, workers, text, BYTES, size))
     return _complete(url, source, [indexed[tar] for tar in tars], plan)
 
 
@@ -241,27 +241,34 @@ def _shards(
     rules = options.clean
     excluded, names = Looks(rules.look_distance), dict[int, str]()
     unwanted = shards_of(rules.exclude)
-    hashed = dict(_mapped(lambda: hashes_of_shard, unwanted, workers, "hash excluded images"))
-    for value, image in (found for place in unwanted for found in hashed[place]):
+    total = sum(shard.samples for shard in unwanted)
+    named = "hash excluded images"
+    hashed = dict(_mapped(lambda: hashes_of_shard, unwanted, workers, named, IMAGES, total))
+    for value, image in (found for shard in unwanted for found in hashed[shard]):
         excluded.add(value)
         names.setdefault(value, image)
     cleaner = Cleaner(source.record, rules, excluded, names)
     todo = chunks(source, size)
     if rules.duplicates:
         make_noter = partial(looks_noter, url, cleaner)
-        _exhaust(_mapped(make_noter, todo, workers, f"compare {name}", source.total))
+        _exhaust(_mapped(make_noter, todo, workers, f"compare {name}", ROWS, source.total))
         todo = without_repeated(url, chunks(source, size), rules.look_distance)
     make_writer = partial(chunk_writer, url, cleaner, storage.digest(plan))
-    done = _mapped(make_writer, todo, workers, f"prepare {name}", source.total)
+    done = _mapped(make_writer, todo, workers, f"prepare {name}", ROWS, source.total)
     finished = {chunk.number: shard for chunk, shard in done}
     return [finished[number] for number in sorted(finished)]
 
 
 def _mapped(
-    make_worker: Any, items: Iterable[Any], workers: int, text: str, rows: int | None = None
+    make_worker: Any,
+    items: Iterable[Any],
+    workers: int,
+    text: str,
+    unit: "_Unit",
+    total: int | None = None,
 ) -> Iterator[tuple[Any, Any]]:
-    """The worker's results with a progress bar, which counts rows where items are chunks."""
-    shown = _Shown(text, rows)
+    """(item, the worker's result) of each, with a progress bar that counts what items hold."""
+    shown = _Shown(text, unit, total)
     if workers:
         done = map_on_ray(make_worker, items, num_actors=workers, watch=shown.watch)
     else:
@@ -274,32 +281,44 @@ def _mapped(
         shown.close()
 
 
-class _Shown:
-    """A bar of shards, or of rows: then those of unfinished chunks count as far as noted."""
+class _Unit(NamedTuple):
+    """What a bar counts."""
 
-    def __init__(self, text: str, rows: int | None) -> None:
-        self.text, self.rows = text, rows
+    name: str
+    of: Callable[[Any], tuple[Any, int]]
+    """Of an item: what it is called in notes, and how many it holds."""
+
+
+ROWS = _Unit("row", lambda chunk: (chunk.number, len(chunk.rows)))
+BYTES = _Unit("byte", lambda tar: tar)
+IMAGES = _Unit("image", lambda shard: (shard, shard.samples))
+
+
+class _Shown:
+    """A bar in which unfinished items count as far as noted."""
+
+    def __init__(self, text: str, unit: _Unit, total: int | None) -> None:
+        self.text, self.unit, self.total = text, unit, total
         self.bar: Any = None
         self.done = 0
-        self.finished: set[int] = set()
-        """Numbers of chunks, of which old notes may still come."""
+        self.finished: set[Any] = set()
+        """Items of which old notes may still come."""
 
-    def watch(self, notes: Iterable[tuple[int, int]]) -> None:
-        """(chunk's number, rows done) of each worker."""
-        under_way = sum(rows for number, rows in notes if number not in self.finished)
+    def watch(self, notes: Iterable[tuple[Any, int]]) -> None:
+        """(item's name, how many are done) of each worker."""
+        under_way = sum(count for name, count in notes if name not in self.finished)
         if under_way:
-            self._show("row", self.done + under_way)
+            self._show(self.done + under_way)
 
     def finish(self, item: Any) -> None:
-        """A chunk, or whatever else stands for a shard."""
-        if isinstance(item, Chunk):
-            self.finished.add(item.number)
-        self.done += len(item.rows) if isinstance(item, Chunk) else 1
-        self._show("row" if isinstance(item, Chunk) else "shard", self.done)
+        name, count = self.unit.of(item)
+        self.finished.add(name)
+        self.done += count
+        self._show(self.done)
 
-    def _show(self, unit: str, done: int) -> None:
+    def _show(self, done: int) -> None:
         if self.bar is None:  # after Ray has said what it has to say
-            self.bar = bar(self.rows, self.text, unit)
+            self.bar = bar(self.total, self.text, self.unit.name)
         self.bar.update(max(0, done - self.bar.n))
 
     def close(self) -> None:

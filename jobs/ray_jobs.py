@@ -96,7 +96,7 @@ def follow(client: Any, job: str) -> int:
     while True:
         try:
             asyncio.run(log.tail(client, job))
-            found = details(client, job)
+            found = client.get_job_info(job)
         except (OSError, ClientError, RuntimeError, asyncio.TimeoutError) as error:
             if time.monotonic() > deadline:
                 raise StoreError(

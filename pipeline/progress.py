@@ -19,6 +19,7 @@ def bar(total: int | None, description: str, unit: str = "item", initial: int = 
         total=total,
         desc=description,
         unit=f" {unit}s",
+        unit_scale=unit == "byte",
         initial=initial,
         file=sys.stderr,
         mininterval=0.2 if live else QUIET_SECONDS,

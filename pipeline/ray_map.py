@@ -6,6 +6,7 @@ which part of an item kills its worker (Ray retries a task that ran out of memor
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,8 @@ Watch = Callable[[Iterable[Any]], None]
 
 LOOK_S = 0.5
 """Seconds between two looks at the notes."""
+NOTE_S = 0.5
+"""Seconds between two notes on how far an item is."""
 MAX_KILLS = 2
 """An item whose worker died this often is taken for the cause and given up."""
 WHY = "it was killed, ran out of memory, or its machine is gone: see Ray's logs"
@@ -45,6 +48,18 @@ def note(value: Any) -> None:
     """
     if _note is not None:
         _note(value)
+
+
+def noting(
+    name: Any, items: Iterable[Item], so_far: Callable[[int, Item], int] = lambda place, _: place
+) -> Iterator[Item]:
+    """The items; now and then a note, (name, so_far(place, item)), tells how far they are."""
+    noted = time.monotonic()
+    for place, item in enumerate(items):
+        if (now := time.monotonic()) - noted >= NOTE_S:
+            noted = now
+            note((name, so_far(place, item)))
+        yield item
 
 
 def try_again(item: Item, kills: int, _last_note: Any) -> Item | None:

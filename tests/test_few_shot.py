@@ -12,8 +12,14 @@ from glipv2.data_prep.few_shot import LEAST, draw, few_shot_set
 from glipv2.jobs.prepare import prepare_set
 from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.errors import DataError
-from glipv2.pipeline.shard_reader import iterate_records, open_shard_set
-from glipv2.pipeline.shards import write_shard_set
+from glipv2.pipeline.shard_format import RawSample
+from glipv2.pipeline.shard_reader import iterate_records, open_shard_set, raw_samples
+from glipv2.pipeline.shards import (
+    shard_name,
+    write_manifest,
+    write_raw_shard,
+    write_shard_set,
+)
 
 IMAGES = st.lists(st.dictionaries(st.integers(0, 5), st.integers(1, 4), max_size=3), max_size=40)
 
@@ -71,6 +77,16 @@ def test_a_subset_holds_its_images_whole_and_repeated(whole, tmp_path):
         "samples": len(records), "boxes": sum(len(record.regions) for record in records)
     }  # fmt: skip
     assert stats["tall"] == sum(record.height > record.width for record in records)
+
+
+def test_a_bad_sample_is_left_out(whole, tmp_path, caplog):
+    bad = RawSample(key="bad", members={"jpg": b"?", "json": b"{"})
+    samples = [*raw_samples(whole, 0, 0, 6), bad]
+    shard = write_raw_shard(str(tmp_path / "damaged"), shard_name(0), samples)
+    damaged = write_manifest(str(tmp_path / "damaged"), [shard], whole.categories, {})
+    subset = few_shot_set(str(tmp_path / "subset"), damaged, 0, seed=3)
+    assert subset.info["few_shot"]["images"] == 6
+    assert "bad is left out of the subsets" in caplog.text
 
 
 def test_a_subset_is_made_once_and_another_is_not_put_in_its_place(whole, tmp_path):

@@ -120,6 +120,7 @@ def test_a_killed_driver_goes_on_where_it_was(folder: Path, undisturbed: dict[st
     assert content(out) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_pair_that_workers_die_of_is_left_out_after_two(
     folder: Path, undisturbed: dict[str, bytes]
 ) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from glipv2.data_prep import toy, writing
+from glipv2.data_prep import toy
 from glipv2.data_prep.reasons import REASONS, Dropped
 from glipv2.jobs import prepare
 from glipv2.jobs.cli import main
-from glipv2.pipeline import storage
+from glipv2.pipeline import ray_map, storage
 from glipv2.pipeline.config import CleanConfig, PrepareConfig
 from glipv2.pipeline.errors import ConfigError, DataError
 from glipv2.pipeline.shards import iterate_records, open_shard_set
@@ -161,23 +161,38 @@ def test_what_differs_is_said_in_words_and_paths(tmp_path):
 
 
 def test_progress_is_shown_within_a_shard(tmp_path, monkeypatch):
-    """Rows are counted one by one and never back, though there are two shards only."""
-    seen = []
+    """Step by step and never back, though there are one or two shards only."""
+    bars = {}
 
     class Bar:
-        n = 0
+        def __init__(self, total, text, unit):
+            self.n, self.steps = 0, []
+            bars[f"{text}: {total} {unit}s"] = self
 
-        def update(self, rows):
-            self.n += rows
-            seen.append(rows)
+        def update(self, count):
+            self.n += count
+            self.steps.append(count)
 
         def close(self):
             pass
 
-    monkeypatch.setattr(prepare, "bar", lambda total, text, unit: Bar())
-    monkeypatch.setattr(writing, "NOTE_S", 0.0)
-    prepare.prepare_set(str(tmp_path / "set"), TOY, samples_per_shard=10, workers=0)
-    assert sum(seen) == 20 and set(seen) <= {0, 1}
+    monkeypatch.setattr(prepare, "bar", Bar)
+    monkeypatch.setattr(ray_map, "NOTE_S", 0.0)
+    url = str(tmp_path / "set")
+    prepare.prepare_set(url, TOY, samples_per_shard=10, workers=0)
+    clean = CleanConfig(exclude=(url,))
+    other = replace(TOY, seed=2, clean=clean)
+    prepare.prepare_set(str(tmp_path / "other"), other, workers=0)
+    for text in ("prepare set: 20 rows", "hash excluded images: 20 images"):
+        assert bars[text].n == 20 and set(bars[text].steps) <= {0, 1}
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    [tar, _] = sorted(Path(url).glob("*.tar"))
+    tar.rename(tars / tar.name)
+    size = (tars / tar.name).stat().st_size
+    prepare.index_in_place(PrepareConfig(source="webdataset", root=str(tars)), workers=0)
+    steps = bars[f"index tars: {size} bytes"].steps
+    assert sum(steps) == size and len(steps) >= 10 and 0 <= min(steps) <= max(steps) < size / 2
 
 
 @pytest.mark.parametrize("command", ["prepare pairs --root x --out y", "check x", "stats x"])

@@ -161,10 +161,10 @@ def test_a_mistake_is_told_before_anything_is_sent(
 
 
 class Cluster:
-    """A job server whose connection is lost after each of `parts`."""
+    """A job server whose connection is lost after each of `parts`, and at the first question."""
 
     def __init__(self, parts: list[str], ended: str, code: int | None = None) -> None:
-        self.parts, self.ended, self.code, self.tails = parts, ended, code, 0
+        self.parts, self.ended, self.code, self.tails, self.asked = parts, ended, code, 0, 0
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         self.tails += 1
@@ -174,8 +174,9 @@ class Cluster:
             raise ConnectionError("lost")
 
     def get_job_info(self, job: str) -> Any:
-        if job != "mine":
-            raise RuntimeError("404")
+        self.asked += 1
+        if job != "mine" or self.asked == 1:
+            raise RuntimeError("404 or 503")
         status = SimpleNamespace(value=self.ended, is_terminal=lambda: self.ended != "RUNNING")
         return SimpleNamespace(status=status, driver_exit_code=self.code)
 
@@ -185,14 +186,19 @@ def test_a_log_goes_on_where_the_connection_was_lost(
 ) -> None:
     monkeypatch.setattr(ray_jobs, "POLL_S", 0.0)
     cluster = Cluster(["step 1\n", "step 2\nst", "ep 3\n"], "FAILED", code=3)
-    assert follow(cluster, "mine") == 3 and cluster.tails == 3
+    assert follow(cluster, "mine") == 3 and (cluster.tails, cluster.asked) == (4, 2)
     assert capsys.readouterr().out == "step 1\nstep 2\nstep 3\n"
-    assert exit_code(Cluster([], "SUCCEEDED", 0).get_job_info("mine")) == 0
-    assert exit_code(Cluster([], "FAILED").get_job_info("mine")) == 1
-    assert exit_code(Cluster([], "STOPPED").get_job_info("mine")) == 130
     monkeypatch.setattr(ray_jobs, "LOST_S", 0.05)
     with pytest.raises(StoreError, match="the job goes on without us"):
         follow(Cluster(["a"] * 10**6, "RUNNING"), "mine")
+
+
+@pytest.mark.parametrize(("ended", "own", "code"), [
+    ("SUCCEEDED", 0, 0), ("FAILED", 75, 75), ("FAILED", None, 1), ("STOPPED", None, 130),
+])  # fmt: skip
+def test_a_command_ends_as_its_job_did(ended: str, own: int | None, code: int) -> None:
+    found = SimpleNamespace(status=SimpleNamespace(value=ended), driver_exit_code=own)
+    assert exit_code(found) == code
 
 
 def test_a_job_that_nobody_knows_is_said_to_be_unknown() -> None:

@@ -133,7 +133,8 @@ def read_audit(url: str) -> Audit:
             except ValueError as error:
                 wrong.append(f"line {reader.line_num}: {error}")
     except csv.Error as error:
-        raise DataError(f"{url}, line {reader.line_num}: {error}; {cure}") from error
+        line = reader.reader.line_num  # DictReader's own is that of its last good row
+        raise DataError(f"{url}, line {line}: {error}; {cure}") from error
     if wrong:
         more = f"\n  and {len(wrong) - MAX_LISTED} more" if len(wrong) > MAX_LISTED else ""
         raise DataError(f"{url}:\n  " + "\n  ".join(wrong[:MAX_LISTED]) + more)

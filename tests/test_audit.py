@@ -96,6 +96,8 @@ def test_a_wrong_value_is_refused_with_its_line(tmp_path, capsys):
         read_audit(checked_file(tmp_path / "c.csv", (0.5, 1), head=HEAD.replace("right", "wright")))
     with pytest.raises(DataError, match="line 2: line contains NUL|line 2: score|nothing is"):
         read_audit(checked_file(tmp_path / "d.csv", ("\0", "\0")))
+    with pytest.raises(DataError, match="line 2: field larger than field limit"):
+        read_audit(checked_file(tmp_path / "f.csv", ("1" * 200_000, 1)))
     with pytest.raises(DataError, match="nothing is checked yet"):
         read_audit(checked_file(tmp_path / "e.csv", (0.5, "")))
     assert cli.main(["label", "audit"]) == 2

@@ -57,16 +57,17 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
 
 
-def test_a_killed_comparison_goes_on_and_its_figures_are_those_of_its_models(
-    recipe: Path,
-) -> None:
-    run = recipe.parent / "run"
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_figures_of_a_comparison_are_those_of_its_models(recipe: Path, killed: bool) -> None:
+    run = recipe.parent / f"run-{killed}"
+    command = ("adapt", recipe, f"run_dir={run}")
     first = run / "shapes" / "probe" / "1-shot" / "seed-3" / "eval" / "step-000003" / "toy.json"
-    kill_when(first.exists, "adapt", recipe)
-    written = first.stat().st_mtime_ns
-    said = finish("adapt", recipe)
+    if killed:
+        kill_when(first.exists, *command)
+        written = first.stat().st_mtime_ns
+    said = finish(*command)
+    assert not killed or first.stat().st_mtime_ns == written
     found = json.loads((run / "adapt.json").read_text())
-    assert first.stat().st_mtime_ns == written
     cells = {(c["way"], c["shots"], c["seed"]): c for c in found["cells"]}
     assert set(cells) == {("zero-shot", 0, 0), ("probe", 1, 3), ("probe", 1, 30)}
     frozen = load_file(recipe.parent / "model" / "model.safetensors")

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from glipv2.pipeline import storage
+from glipv2.pipeline.errors import ConfigError
 
 KEEP = 0.9
 """Share of the limit that is left after old entries were removed."""
@@ -28,7 +29,12 @@ class RangeCache:
         self.folder = Path(storage.local_path(folder))
         self.limit = limit
         self._unscanned = limit  # so that the first write looks
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"data.cache={folder} can't be a folder of this machine: {error}"
+            ) from error
 
     def read(self, url: str, start: int, end: int, version: str) -> bytes:
         """Bytes [start, end) of the file as its `version` (a checksum) has them."""

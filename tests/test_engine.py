@@ -224,6 +224,19 @@ def test_parameters_follow_glips_rules_when_asked_to() -> None:
     assert build_optimizer(build_model(preset("tiny"), 0), train).defaults["eps"] == 1e-6
 
 
+def test_rate_factors_multiply_the_rates_of_what_they_name() -> None:
+    train = TrainConfig(steps=100, warmup_steps=0)
+    factors = {"box_head.": 10.0, "box_head.deltas": 0.5, "text_encoder": 0.1}
+    plain, changed = rates(train, 0), rates(dataclasses.replace(train, rate_factors=factors), 0)
+    for name, (rate, decay) in plain.items():
+        expected = {"box_head": 10.0, "text_encoder": 0.1}.get(name.split(".")[0], 1.0)
+        if name.startswith("box_head.deltas"):
+            expected = 5.0
+        assert changed[name] == pytest.approx((rate * expected, decay)), name
+    with pytest.raises(ConfigError, match="train.rate_factors: no .* begins with 'bocks_head'"):
+        rates(dataclasses.replace(train, rate_factors={"bocks_head": 2.0}), 0)
+
+
 def test_by_default_matrices_alone_are_decayed_and_biases_learn_like_the_rest() -> None:
     shapes = {name: p.shape for name, p in build_model(preset("tiny"), 0).named_parameters()}
     for name, (rate, decay) in rates(TrainConfig(warmup_steps=0), 0).items():

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 from pathlib import Path
@@ -14,6 +15,7 @@ from sample_records import CATEGORIES, jpeg, record  # noqa: E402
 from glipv2.pipeline import shard_reader, shards, storage  # noqa: E402
 from glipv2.pipeline.errors import BadSample, DataError  # noqa: E402
 from glipv2.pipeline.records import Region  # noqa: E402
+from glipv2.pipeline.scratch import scratch_folder  # noqa: E402
 
 
 def records(count):
@@ -349,3 +351,25 @@ def test_a_writer_refuses_what_a_reader_would_refuse(folder):
     nan = Region(box=(0.0, 0.0, float("nan"), 5.0), spans=((0, 3),))
     with pytest.raises(DataError, match="json_invalid"):
         shards.write_shard(folder, "shard-000000", [record(regions=(nan,))])
+
+
+def test_scratch_folders_of_the_dead_are_removed_and_those_of_the_living_stay(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import tempfile, sys, time; tempfile.tempdir = sys.argv[1]\n"
+        "from glipv2.pipeline.scratch import scratch_folder\n"
+        "with scratch_folder() as folder: print(folder, flush=True); time.sleep(100)"
+    )
+    start = [sys.executable, "-c", code, str(tmp_path)]
+    owners = [subprocess.Popen(start, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    killed, living = (Path(owner.stdout.readline().strip()) for owner in owners)
+    owners[0].kill()
+    owners[0].wait()
+    assert killed.is_dir()
+    with scratch_folder() as own:
+        assert not killed.exists() and living.is_dir() and own.is_dir()
+    assert not own.exists()
+    owners[1].kill()
+    owners[1].wait()

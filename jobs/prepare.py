@@ -259,13 +259,26 @@ def _shards(
     return [finished[number] for number in sorted(finished)]
 
 
+class _Unit(NamedTuple):
+    """What a bar counts."""
+
+    name: str
+    of: Callable[[Any], tuple[Any, int]]
+    """Of an item: what it is called in notes, and how many it holds."""
+
+
+ROWS = _Unit("row", lambda chunk: (chunk.number, len(chunk.rows)))
+BYTES = _Unit("byte", lambda tar: tar)
+IMAGES = _Unit("image", lambda shard: (shard, shard.samples))
+
+
 def _mapped(
     make_worker: Any,
     items: Iterable[Any],
     workers: int,
     text: str,
-    unit: "_Unit",
-    total: int | None = None,
+    unit: _Unit,
+    total: int | None,
 ) -> Iterator[tuple[Any, Any]]:
     """(item, the worker's result) of each, with a progress bar that counts what items hold."""
     shown = _Shown(text, unit, total)
@@ -279,19 +292,6 @@ def _mapped(
             yield item, result
     finally:
         shown.close()
-
-
-class _Unit(NamedTuple):
-    """What a bar counts."""
-
-    name: str
-    of: Callable[[Any], tuple[Any, int]]
-    """Of an item: what it is called in notes, and how many it holds."""
-
-
-ROWS = _Unit("row", lambda chunk: (chunk.number, len(chunk.rows)))
-BYTES = _Unit("byte", lambda tar: tar)
-IMAGES = _Unit("image", lambda shard: (shard, shard.samples))
 
 
 class _Shown:

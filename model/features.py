@@ -26,6 +26,8 @@ class EncodedImages:
     """Where each image stands in the caller's list."""
     pyramid: list[Tensor]
     """One (B, D, H, W) map a level, finest first."""
+    maps: list[Tensor] | None
+    """As many and as large, after the tower; None where they depend on the text."""
     sizes_B2: Tensor
     """int64 (height, width) of each resized image, on the CPU."""
 
@@ -65,7 +67,8 @@ def encode_pictures(
             numbers = members[first : first + batch_size]
             images_B3HW, sizes_B2 = pad_images([pictures[n].pixels_3HW for n in numbers], pad_to)
             pyramid = model.encode_images(images_B3HW.to(device), sizes_B2.to(device))
-            yield EncodedImages(numbers=numbers, pyramid=pyramid, sizes_B2=sizes_B2)
+            maps = None if model.config.fusion else model.tower_without_text(pyramid)
+            yield EncodedImages(numbers=numbers, pyramid=pyramid, maps=maps, sizes_B2=sizes_B2)
 
 
 class Words:

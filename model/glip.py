@@ -54,16 +54,10 @@ class FusionBlock(nn.Module):
         self, maps: list[Tensor], words_BTD: Tensor, token_mask_BT: Tensor, causal: bool
     ) -> tuple[list[Tensor], Tensor]:
         """Maps (B, D, H, W) of all levels and words (B, T, D_text) to the same shapes."""
-        if self.fusion:
-            image_BND, words_BTD = self.exchange(
-                flatten_levels(maps),
-                words_BTD,
-                token_mask_BT,
-                causal,
-                image_reads_text=not causal,
-            )
-            maps = _unflatten_levels(image_BND, maps)
-        return self.maps(maps), words_BTD
+        image_BND, words_BTD = self.exchange(
+            flatten_levels(maps), words_BTD, token_mask_BT, causal, image_reads_text=not causal
+        )
+        return self.maps(_unflatten_levels(image_BND, maps)), words_BTD
 
     def exchange(
         self,
@@ -248,19 +242,30 @@ class GLIPv2(nn.Module):
         """The pyramid before fusion, which serves any number of texts about the same images."""
         return self.pyramid(self.image_encoder(images_B3HW, sizes_B2))
 
+    def tower_without_text(self, pyramid: list[Tensor]) -> list[Tensor]:
+        """The tower's maps of a model without fusion (GLIP-T(A)), for any number of texts."""
+        maps = pyramid
+        for block in cast("list[FusionBlock]", list(self.blocks)):
+            maps = self._through(block.maps, maps)
+        return maps
+
     def fuse(
         self,
         pyramid: list[Tensor],
         words_BTD: Tensor,
         token_mask_BT: Tensor,
         causal: bool = False,
+        maps: list[Tensor] | None = None,
     ) -> Outputs:
-        """Unfused image and text features to outputs."""
-        maps, fused_BTD = pyramid, words_BTD
-        if not self.config.fusion:  # GLIP-T(A) aligns with words whose padding is zeroed
-            fused_BTD = words_BTD * token_mask_BT[..., None]
-        for block in self.blocks:
-            maps, fused_BTD = self._through(block, maps, fused_BTD, token_mask_BT, causal)
+        """Unfused image and text features to outputs; without fusion, `maps` are those of
+        `tower_without_text`, if they are known."""
+        if self.config.fusion:
+            maps, fused_BTD = pyramid, words_BTD
+            for block in self.blocks:
+                maps, fused_BTD = self._through(block, maps, fused_BTD, token_mask_BT, causal)
+        else:
+            maps = self.tower_without_text(pyramid) if maps is None else maps
+            fused_BTD = words_BTD * token_mask_BT[..., None]  # GLIP-T(A) zeroes the padding
         level_sizes = [(x.shape[2], x.shape[3]) for x in maps]
         locations_BAD = flatten_levels(maps)
         deltas_BA4, centerness_BA = self.box_head(locations_BAD, [h * w for h, w in level_sizes])

@@ -289,7 +289,8 @@ class Grounder:
     ) -> list[Detection]:
         """One question about each image: boxes in pixels of the resized images, masks as
         probabilities (K, S, S) inside their boxes."""
-        outputs = self.model.fuse(images.pyramid, *words([q.text for q in questions]))
+        words_BTD, mask_BT = words([q.text for q in questions])
+        outputs = self.model.fuse(images.pyramid, words_BTD, mask_BT, maps=images.maps)
         maps = [torch.from_numpy(token_map(q.tokens, q.prompt.spans)) for q in questions]
         phrases = [q.prompt.phrases for q in questions]
         found = detections(
@@ -326,9 +327,11 @@ def _nothing(names: list[str], mask_size: tuple[int, int] | None) -> Detection:
 def _rows(batch: EncodedImages, rows: Sequence[int]) -> EncodedImages:
     """Some images of a batch, perhaps the same one several times."""
     index = torch.tensor(rows)
+    on_device = index.to(batch.pyramid[0].device)
     return EncodedImages(
         numbers=[batch.numbers[row] for row in rows],
-        pyramid=[x[index.to(x.device)] for x in batch.pyramid],
+        pyramid=[x[on_device] for x in batch.pyramid],
+        maps=None if batch.maps is None else [x[on_device] for x in batch.maps],
         sizes_B2=batch.sizes_B2[index],
     )
 

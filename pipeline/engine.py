@@ -176,7 +176,13 @@ def _update(engine: Any, train: TrainConfig) -> bool:
             engine.zero_grad()
             return False
     engine.step()
-    return bool(engine.was_step_applied())
+    applied = bool(engine.was_step_applied())
+    if not applied and train.offload != "none" and train.zero_stage < 3:
+        # With offloading DeepSpeed 0.19 keeps the gradient of a step that it left out, and adds the
+        # next one to it.
+        for group in engine.optimizer.averaged_gradients:
+            engine.optimizer.averaged_gradients[group] = None
+    return applied
 
 
 def check_finite(losses: dict[str, float], step: int, micro_batches: Sequence[Batch]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from glipv2.model.batch import Detection
 from glipv2.model.boxes import pairwise_iou
 from glipv2.model.config import InputConfig, preset
-from glipv2.model.glip import build_model
+from glipv2.model.glip import GLIPv2, build_model
 from glipv2.model.grounder import Grounder
 from glipv2.model.mask_head import paste_masks, region_masks
 from glipv2.model.prompts import category_prompt, token_map
@@ -24,7 +24,12 @@ NAMES = ["red square", "blue ring", "rbc", "teal star"]
 
 
 @pytest.fixture(scope="module")
-def grounder() -> Grounder:
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_vocab(tiny_vocab(), 160)
+
+
+@pytest.fixture(scope="module")
+def grounder(tokenizer: Tokenizer) -> Grounder:
     config = dataclasses.replace(
         preset("tiny"),
         input=InputConfig(short_side=64, long_side=96, pad_to=None),
@@ -32,13 +37,16 @@ def grounder() -> Grounder:
         answers=("yes", "no", "two"),
         captions=True,
     )
-    model = build_model(config, seed=0)
-    # An untrained model expects nothing; make it find something everywhere.
+    return Grounder(finding(build_model(config, seed=0)), tokenizer)
+
+
+def finding(model: GLIPv2) -> GLIPv2:
+    """An untrained model expects nothing; this one finds something everywhere."""
     torch.nn.init.constant_(model.alignment_head.bias0, -1.0)
     torch.nn.init.normal_(
         model.alignment_head.bias_text, generator=torch.Generator().manual_seed(0)
     )
-    return Grounder(model, Tokenizer.from_vocab(tiny_vocab(), 160))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +139,35 @@ def test_each_image_and_each_distinct_text_is_encoded_once(
     assert rows == {"ImageEncoder": 4, "TextEncoder": 3}
     for hook in hooks:
         hook.remove()
+
+
+def test_a_tower_that_hears_no_text_is_computed_once_for_all_prompts(
+    images: list[Tensor], tokenizer: Tokenizer
+) -> None:
+    config = dataclasses.replace(
+        preset("tiny"),
+        input=InputConfig(short_side=64, long_side=96, pad_to=None),
+        fusion=False,
+        masks=True,
+    )
+    late = Grounder(finding(build_model(config, seed=0)), tokenizer)
+    rows: Counter[str] = Counter()
+    hook = late.model.blocks[-1].register_forward_pre_hook(lambda *_: rows.update(["fused"]))
+    tower = late.model.blocks[-1].maps.register_forward_pre_hook(
+        lambda _, inputs: rows.update({"tower": len(inputs[0][0])})
+    )
+    found = late.detect(images, NAMES, max_categories_per_prompt=1, batch_size=2, masks=True)
+    assert rows == {"tower": 5}
+    hook.remove(), tower.remove()
+    for label, name in enumerate(NAMES):
+        for together, alone in zip(found, late.detect(images, [name], masks=True), strict=True):
+            own = together.labels_K == label
+            count = int(own.sum())
+            torch.testing.assert_close(together.scores_K[own], alone.scores_K[:count])
+            torch.testing.assert_close(together.boxes_K4[own], alone.boxes_K4[:count])
+            differing = together.masks_KHW[own] != alone.masks_KHW[:count]
+            assert differing.sum() <= 0.001 * differing.numel()
+    assert sum(len(detection.scores_K) for detection in found) > 100
 
 
 def test_boxes_are_in_pixels_of_the_image_as_given(

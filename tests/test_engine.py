@@ -57,6 +57,15 @@ def assert_refused(run: dict[str, Any]) -> None:
     assert "step 5: the gradient is not finite" in gradient
 
 
+def test_a_refused_step_leaves_no_gradient_where_it_is_offloaded(tmp_path: Path) -> None:
+    """DeepSpeed itself would add the next step's to it, and refuse every step from there on."""
+    run = run_worker(
+        1, tmp_path, zero_stage=1, offload="optimizer", accumulation=2, precision="bf16"
+    )
+    assert_refused(run)
+    assert run["resumed"] == run["whole"][SAVED:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(

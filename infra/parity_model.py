@@ -106,7 +106,7 @@ class Recorder:
             "text": self.model.text_encoder,
         }
         for i, block in enumerate(self.model.blocks):
-            if block.fusion:
+            if self.model.config.fusion:
                 parts[f"{i}.fuse"] = block.attention
                 parts[f"{i}.bert"] = block.words
             parts[f"{i}.dyconv"] = block.maps

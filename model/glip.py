@@ -47,7 +47,6 @@ class FusionBlock(nn.Module):
                 else config.fusion_scale,
             )
             self.words = TowerLayer(config.text_encoder, clamped=config.glip_compatible)
-        self.fusion = config.fusion
         self.maps = DyConv(config.width, config.group_norm_groups, config.glip_compatible)
 
     def forward(

@@ -158,7 +158,8 @@ def test_a_tower_that_hears_no_text_is_computed_once_for_all_prompts(
     )
     found = late.detect(images, NAMES, max_categories_per_prompt=1, batch_size=2, masks=True)
     assert rows == {"tower": 5}
-    hook.remove(), tower.remove()
+    hook.remove()
+    tower.remove()
     for label, name in enumerate(NAMES):
         for together, alone in zip(found, late.detect(images, [name], masks=True), strict=True):
             own = together.labels_K == label

@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if not 1 <= arguments.port <= 65535:
+        raise ConfigError(f"--port must be between 1 and 65535, not {arguments.port}")
     try:
         grounder = load(arguments.checkpoint)
     except ValueError as error:
@@ -36,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         page.launch(server_name=arguments.host, server_port=arguments.port)  # until ctrl-C
     except OSError as error:
-        raise ConfigError(f"--port {arguments.port}: {error}") from error
+        where = f"--host {arguments.host} --port {arguments.port}"
+        raise ConfigError(f"{where}: nothing can listen there; choose another ({error})") from error
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from glipv2.jobs.evaluate_main import all_models, evaluate_main
 from glipv2.jobs.evaluate_predict import RANDOM
-from glipv2.jobs.evaluate_suites import evaluate_suite, make_job, open_suite
+from glipv2.jobs.evaluate_suites import check_head, evaluate_suite, make_job, open_suite
 from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage, use_cluster
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import RunConfig
@@ -104,6 +104,8 @@ def evaluate_suites(
     for name, url in models.items():
         if url != RANDOM and opened:
             jobs = [make_job(config, suite, url, out) for suite in opened]
+            for job in jobs if not score_only else ():
+                check_head(job)
             results[name] = [evaluate_suite(job, score_only) for job in jobs]
     return results
 

@@ -24,7 +24,8 @@ from glipv2.jobs.evaluate_predict import (
     read_records,
 )
 from glipv2.jobs.evaluate_score import FIRST, Scores
-from glipv2.model.folders import COMMIT, STEP_NAME
+from glipv2.model.config import config_from_dict
+from glipv2.model.folders import COMMIT, CONFIG, STEP_NAME
 from glipv2.pipeline import storage
 from glipv2.pipeline.checkpoint import model_digest, open_checkpoint, resolve_checkpoint
 from glipv2.pipeline.config import RunConfig
@@ -35,6 +36,8 @@ from glipv2.pipeline.shard_format import ShardSet
 from glipv2.pipeline.shard_reader import open_shard_set
 
 STEP_OF_RUN = re.compile(rf"(.+)/checkpoints/{STEP_NAME.pattern}")
+HEADS = {"segmentation": "masks", "vqa": "answers", "captioning": "captions"}
+"""Task -> the head that it needs, as the model's configuration names it."""
 PIN_SECONDS = 900.0
 """For which a checkpoint that is being read is kept, after its reader's last sign of life."""
 
@@ -163,6 +166,18 @@ def make_job(config: RunConfig, suite: Suite, checkpoint: str, out: str = "") ->
     known = None if there or run_of(url) is None else read_result(gone.url)
     model = known["checkpoint"]["digest"] if known else model_digest(resolve_checkpoint(url))
     return replace(gone, model=model)
+
+
+def check_head(job: Job) -> None:
+    """ConfigError when the model has no head for what the suite asks."""
+    own, name = job.suite.config, job.suite.name
+    head = HEADS.get(own.task) or ("masks" if own.masks else "")
+    url = storage.join(job.checkpoint, CONFIG)
+    if head and not getattr(config_from_dict(storage.read_json(url)), head):
+        raise ConfigError(
+            f"eval.suites.{name} needs a model with model.{head}, and {job.checkpoint} has none: "
+            "score one that was tuned for it, or give the other suites with --suite"
+        )
 
 
 def evaluate_suite(job: Job, score_only: bool = False) -> dict[str, Any]:

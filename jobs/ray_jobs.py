@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,8 +60,11 @@ def refuse_open(address: str) -> None:
         urllib.request.urlopen(f"{address}{PROBE}", timeout=10).close()  # noqa: S310 - http(s) only
     except urllib.error.HTTPError:
         return  # it wants a token
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no Ray job server answers at {address}: {error}") from error
+    except (OSError, ValueError, HTTPException) as error:
+        raise ConfigError(
+            f"no Ray job server answers at {address}: {error}; its port is that of the dashboard, "
+            "8265 unless the cluster says otherwise"
+        ) from error
     if not is_loopback(address):
         raise ConfigError(
             f"{address} runs jobs of anybody who can reach it. Start the cluster with "

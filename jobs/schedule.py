@@ -118,7 +118,6 @@ class Scheduler:
                 raise ConfigError(
                     f"schedule.best: {metric!r} is no SUITE.METRIC of {', '.join(names)}"
                 )
-        webhook_url(self.settings.webhook)
         self.figures: dict[str, Figure] = {}
         """Of every result file."""
         self.unsettled = set(self.runs)
@@ -131,7 +130,12 @@ class Scheduler:
         """Score what is due until told to stop, or until there is nothing left with `once`.
 
         Exit code: 1 if anything was given up, 3 if something failed and will be tried again.
+        ConfigError if the webhook is none.
         """
+        webhook_url(self.settings.webhook)
+        for url in self.runs if self.once else ():
+            if not committed_steps(url):
+                log.warning("%s has no checkpoint: nothing to score there", url)
         while True:
             try:
                 worked, standings = self._round()

@@ -109,7 +109,8 @@ def webhook_url(given: str) -> str:
     url = os.environ.get(given[1:], "") if given.startswith("$") else given
     if given and urlsplit(url).scheme not in ("http", "https"):
         where = f"the environment variable {given[1:]}" if given.startswith("$") else "it"
-        raise ConfigError(f"schedule.webhook: {where} is no URL of http or https")
+        what = "is no URL of http or https" if url else "is not set"
+        raise ConfigError(f"schedule.webhook: {where} {what}")
     return url
 
 

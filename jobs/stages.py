@@ -22,11 +22,13 @@ def add_recipe_arguments(
 ) -> None:
     """RECIPE and its overrides; with `phase`, the help of --phase; with `cluster`, --address."""
     parser.add_argument("recipe", help="YAML file, see infra/recipes/")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, applied last")
+    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value, applied last")
     if phase:
         parser.add_argument("--phase", help=phase)
     if cluster:
-        parser.add_argument("--address", help="Ray cluster to run on, for example auto")
+        parser.add_argument(
+            "--address", help="Ray cluster to run on: auto (this machine's) or HOST:6379"
+        )
 
 
 def recipe_config(arguments: argparse.Namespace, phase: str | None = None) -> RunConfig:
@@ -35,8 +37,13 @@ def recipe_config(arguments: argparse.Namespace, phase: str | None = None) -> Ru
 
 
 def use_cluster(address: str | None) -> None:
-    """Let Ray join the cluster at `address`, where one is given."""
-    if address:
+    """Let Ray join the cluster at `address`, where one is given.
+
+    auto is that of a submitted job, else this machine's.
+    """
+    if address == "auto":  # of several clusters on a machine Ray would take the newest
+        os.environ["RAY_ADDRESS"] = os.environ.get("RAY_ADDRESS") or address
+    elif address:
         os.environ["RAY_ADDRESS"] = address
 
 

@@ -1,6 +1,6 @@
 """glipv2 submit STAGE RECIPE --address URL: a stage as a job of a Ray cluster without our code.
 
-The package (some 100 KB) and the recipe travel with the job; the nodes need what requirements.lock
+The package (some 1.4 MB) and the recipe travel with the job; the nodes need what requirements.lock
 lists, nothing else. Data, runs and models must be where every node reaches them.
 """
 

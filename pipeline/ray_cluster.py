@@ -50,6 +50,8 @@ def start_ray(num_cpus: int, show_workers: bool = False) -> None:
 
 def _reach(address: str) -> None:
     """OSError when nothing listens at host:port; Ray itself would go on trying for minutes."""
+    if address.startswith(("http://", "https://")):
+        raise OSError("that is a dashboard, for `glipv2 submit`; a stage takes auto or HOST:6379")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

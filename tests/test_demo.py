@@ -108,6 +108,13 @@ def test_words_boxes_and_masks_share_a_label() -> None:
     assert list(colours_of(found(["b", "a"]))) == ["b", "a"]
 
 
+def test_an_impossible_port_is_refused_before_the_model_is_read(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["demo", "--checkpoint", "nowhere", "--port", "70000"]) == 2
+    assert "--port must be between 1 and 65535, not 70000" in capsys.readouterr().err
+
+
 def test_without_gradio_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ConfigError, match=r"pip install 'glipv2\[demo\]'"):

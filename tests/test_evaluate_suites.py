@@ -44,8 +44,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_detection(folder / "val")
     write_tasks(folder)
     (folder / "model").mkdir()
-    for name, content in tiny_model(0, heads=True).items():
-        (folder / "model" / name).write_bytes(content)
+    (folder / "bare").mkdir()
+    for model, heads in (("model", True), ("bare", False)):
+        for name, content in tiny_model(0, heads).items():
+            (folder / model / name).write_bytes(content)
     return folder
 
 
@@ -315,6 +317,17 @@ def test_prompts_replace_names_and_stand_around_them(
     bad = scored_config(tmp_path / "run", {"bad": {**short, "prompts": {"owl": {"name": "x"}}}})
     with pytest.raises(ConfigError, match=r"eval.suites.bad: the prompts are for .*: owl"):
         evaluate_suites(bad, {"model": str(data / "model")})
+    for kind, head in (
+        ({"masks": True}, "masks"),
+        ({"task": "segmentation"}, "masks"),
+        ({"task": "vqa"}, "answers"),
+        ({"task": "captioning"}, "captions"),
+    ):
+        first, headless = {"first": short}, {"headless": {**short, **kind}}
+        config = scored_config(tmp_path / "bare", first | headless)
+        with pytest.raises(ConfigError, match=rf"suites.headless needs a model with model.{head}"):
+            evaluate_suites(config, {"model": str(data / "bare")})
+    assert not (tmp_path / "bare").exists()  # the first suite is not scored in vain
     long = {"set": str(data / "val"), "prompts": {"blue square": {"suffix": "on the left"}}}
     config = scored_config(tmp_path / "run", {"long": long})
     with pytest.raises(ConfigError, match="must fit one text of 96 tokens"):

@@ -476,7 +476,6 @@ def test_what_the_webhook_refuses_is_not_sent_again_at_once(local: str) -> None:
         ({"suites": ["cocoa"]}, "eval.suites has no 'cocoa'; it has: coco, short"),
         ({"best": ["ap"]}, "schedule.best: 'ap' is no SUITE.METRIC of coco"),
         ({"webhook": "file:///etc/passwd"}, "schedule.webhook must be a URL of http or https"),
-        ({"webhook": "$NOT_SET"}, "the environment variable NOT_SET is no URL"),
         ({"cron": "every night"}, "schedule.cron must be five fields"),
         ({"attempts": 0}, "schedule.attempts must be positive"),
         ({"every_step": 5}, "did you mean schedule.every_steps"),
@@ -487,6 +486,13 @@ def test_a_schedule_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=told):
         scheduler(local, val, **settings)
+
+
+def test_a_webhook_that_is_not_set_is_missed_when_it_is_needed(val: str, local: str) -> None:
+    without = scheduler(local, val, webhook="$NOT_SET")
+    assert "no checkpoint yet" in status_table(without)
+    with pytest.raises(ConfigError, match="the environment variable NOT_SET is not set"):
+        without.serve()
 
 
 def test_the_status_says_where_every_step_stands(local: str, val: str, scoring: Scoring) -> None:

@@ -57,13 +57,15 @@ def bench_label() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pairs = web_pairs(f"{folder}/pairs", SHARDS, PER_SHARD, SIZE)
         save_teacher(Path(folder, "teacher"))
-        settings = LabelConfig(
-            teacher=f"{folder}/teacher", score_threshold=0.3, num_actors=(WORKERS, WORKERS)
-        )
+        settings = settings_with(f"{folder}/teacher")
         bench_rate(pairs, settings, folder)
         bench_real_size(folder)
         bench_overhead(pairs, settings, folder)
         bench_driver(folder)
+
+
+def settings_with(teacher: str) -> LabelConfig:
+    return LabelConfig(teacher=teacher, score_threshold=0.3, num_actors=(WORKERS, WORKERS))
 
 
 def web_pairs(url: str, shards: int, per_shard: int, size: int) -> ShardSet:
@@ -76,11 +78,8 @@ def web_pairs(url: str, shards: int, per_shard: int, size: int) -> ShardSet:
 def bench_real_size(folder: str) -> None:
     pairs = web_pairs(f"{folder}/few", SHARDS, FEW_PER_SHARD, SIZE)
     save_teacher(Path(folder, "glip-t"), GLIP_T)
-    settings = LabelConfig(
-        teacher=f"{folder}/glip-t", score_threshold=0.3, num_actors=(WORKERS, WORKERS)
-    )
     note("with a teacher of GLIP-T's size:", "")
-    bench_rate(pairs, settings, f"{folder}/few-labelled", turns=1)
+    bench_rate(pairs, settings_with(f"{folder}/glip-t"), f"{folder}/few-labelled", turns=1)
 
 
 def bench_rate(pairs: ShardSet, settings: LabelConfig, folder: str, turns: int = 3) -> None:

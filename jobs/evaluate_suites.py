@@ -6,7 +6,7 @@ What was scored before with the same model, data and settings is not scored agai
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -30,14 +30,27 @@ from glipv2.pipeline import storage
 from glipv2.pipeline.checkpoint import model_digest, open_checkpoint, resolve_checkpoint
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import ConfigError, DataError, StoreError
-from glipv2.pipeline.eval_config import SuiteConfig
+from glipv2.pipeline.eval_config import EvalTask, SuiteConfig
 from glipv2.pipeline.pins import pin, unpin
+from glipv2.pipeline.records import Record
 from glipv2.pipeline.shard_format import ShardSet
 from glipv2.pipeline.shard_reader import open_shard_set
+from glipv2.pipeline.tasks import first_records
 
 STEP_OF_RUN = re.compile(rf"(.+)/checkpoints/{STEP_NAME.pattern}")
 HEADS = {"segmentation": "masks", "vqa": "answers", "captioning": "captions"}
 """Task -> the head that it needs, as the model's configuration names it."""
+NEEDS: dict[EvalTask, tuple[str, Callable[[ShardSet, Record], object]]] = {
+    "detection": ("categories", lambda data, _: data.categories),
+    "lvis": ("categories", lambda data, _: data.categories),
+    "phrases": ("captions with boxes", lambda _, record: record.caption),
+    "referring": ("expressions", lambda _, record: record.caption and record.regions),
+    "segmentation": ("expressions with masks", lambda _, record: record.caption and record.regions
+                     and all(region.mask for region in record.regions)),
+    "vqa": ("questions", lambda _, record: record.questions),
+    "captioning": ("captions", lambda _, record: record.captions or record.caption),
+}  # fmt: skip
+"""Task -> what a set must have for it, and whether a record, or its set, does."""
 PIN_SECONDS = 900.0
 """For which a checkpoint that is being read is kept, after its reader's last sign of life."""
 
@@ -78,12 +91,26 @@ def open_suite(config: RunConfig, name: str) -> Suite:
     asked = {part: asked_of(suite, config.eval.precision) for part, (_, suite) in parts.items()}
     sets = {part: open_shard_set(url) for part, (url, _) in parts.items()}
     for part, data in sets.items():
+        check_fits(name, own, data)
         if unknown := sorted(set(asked[part].prompts) - set(data.categories)):
             raise ConfigError(
                 f"eval.suites.{name}: the prompts are for categories that {data.url} does not "
                 f"have: {', '.join(unknown)}"
             )
     return Suite(name=name, config=own, sets=sets, asked=asked)
+
+
+def check_fits(name: str, suite: SuiteConfig, data: ShardSet) -> None:
+    """ConfigError when a set has nothing of what the suite's task scores."""
+    needs, has = NEEDS[suite.task]
+    if suite.task == "lvis" and "frequency" not in data.info:
+        needs = "frequencies of categories, as the source lvis gives them"
+    elif any(has(data, record) for record in first_records(data)):
+        return
+    raise ConfigError(
+        f"eval.suites.{name} is of task {suite.task}, which needs {needs}, and {data.url} has none: "
+        "give another set, or the task that this one is for"
+    )
 
 
 def _odinw(config: RunConfig, own: SuiteConfig) -> dict[str, tuple[str, SuiteConfig]]:

@@ -22,7 +22,7 @@ import yaml
 
 from glipv2.jobs.ray_jobs import STOPPED, connect, follow
 from glipv2.pipeline import storage
-from glipv2.pipeline.config_loader import as_tree, load_config, read_recipe
+from glipv2.pipeline.config_loader import as_tree, load_config, override_tree, read_recipe
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.progress import say
 
@@ -30,6 +30,13 @@ STAGES = ("label", "pretrain", "evaluate", "schedule", "adapt", "run")
 PACKAGES = ("model", "pipeline", "data_prep", "eval", "jobs")
 SHIPPED = ("*.py", "*.yaml", "*.txt", "*.html", "*.css")
 SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
+PHASE = r"(phases\.[^.]+\.)?"
+PLACES = re.compile(rf"{PHASE}(data\.(root|vocabulary)|eval\.suites\.[\w-]+\.annotations)")
+"""Settings of which a name without a folder is a place, too: that where a command is started."""
+ANSWERS = re.compile(rf"{PHASE}model\.answers")
+"""A list, or the file of it; the loaded configuration holds the list."""
+OPTIONS = ("checkpoint", "out", "json")
+"""Of stages, which name files or folders as well."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,11 +146,15 @@ def _checked(words: list[str]) -> Any:
     tree = as_tree(config)
     if parsed.command != "run":  # which alone makes the sets
         del tree["prepare"]
-    local = sorted({text for text in _texts(tree) if _is_here_only(text)})
+    local = {text for key, text in _texts(tree) if _is_here_only(key, text)}
+    given = [_answer_files(override_tree(override)) for override in parsed.overrides]
+    answers = set().union(*given) or _answer_files(read_recipe(parsed.recipe))
+    options = {getattr(parsed, name, None) for name in OPTIONS} - {None, "", "-"}
+    local |= {url for url in answers | options if not is_shared(url)}
     if local:
         raise ConfigError(
-            f"the recipe names files of this machine: {', '.join(local)}; copy them to where the "
-            "cluster's nodes reach them, and name them by URL or absolute path"
+            f"the job would name files of this machine: {', '.join(sorted(local))}; copy them to "
+            "where the cluster's nodes reach them, and name them by URL or absolute path"
         )
     return config
 
@@ -155,21 +166,28 @@ def is_shared(url: str) -> bool:
     return not url.startswith("memory:")
 
 
-def _is_here_only(text: str) -> bool:
+def _is_here_only(key: str, text: str) -> bool:
+    if PLACES.fullmatch(key):
+        return text != "" and not is_shared(text)
     path = Path(text)
     return "/" in text and "://" not in text and not path.is_absolute() and path.exists()
 
 
-def _texts(tree: Any) -> Iterator[str]:
+def _answer_files(tree: dict[str, Any]) -> set[str]:
+    return {text for key, text in _texts(tree) if ANSWERS.fullmatch(key)}
+
+
+def _texts(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text of a tree, keys of mappings included."""
     if isinstance(tree, str):
-        yield tree
+        yield path, tree
     elif isinstance(tree, dict):
         for key, value in tree.items():
-            yield from _texts(key)
-            yield from _texts(value)
+            yield path, str(key)
+            yield from _texts(value, f"{path}.{key}" if path else str(key))
     elif isinstance(tree, list):
         for value in tree:
-            yield from _texts(value)
+            yield from _texts(value, f"{path}[]")
 
 
 def _environment(names: list[str]) -> dict[str, str]:

@@ -75,7 +75,7 @@ def config_from_tree(
 
 def _apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     for override in overrides:
-        config = _build(RunConfig, _override_tree(override), config, "")
+        config = _build(RunConfig, override_tree(override), config, "")
     return config
 
 
@@ -118,7 +118,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _override_tree(override: str) -> dict[str, Any]:
+def override_tree(override: str) -> dict[str, Any]:
+    """What `section.key=value` says, in a recipe's form."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} must look like section.key=value")

@@ -6,6 +6,7 @@ sets of a mixture are for one thing.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,8 +49,8 @@ def mixture_task(
     ConfigError, with the cure, when they are for different things, or for one that a model with
     these `answers`, and with or without `captions`, has no head for.
     """
-    firsts = {name: _first_record(shard_set) for name, shard_set in sets.items()}
-    found = {name: batch_task(name, record) for name, record in firsts.items() if record}
+    firsts = {name: first_records(shard_set) for name, shard_set in sets.items()}
+    found = {name: batch_task(name, records[0]) for name, records in firsts.items() if records}
     if len(set(found.values())) > 1:
         listed = ", ".join(f"{name} is for {task}" for name, task in found.items())
         raise ConfigError(
@@ -70,15 +71,14 @@ def mixture_task(
     return task
 
 
-def _first_record(shard_set: ShardSet) -> Record | None:
-    """The first that can be read; None if none of the first LOOKED_AT can."""
+def first_records(shard_set: ShardSet) -> list[Record]:
+    """Those of the first LOOKED_AT that can be read."""
+    found = []
     filled = [number for number, shard in enumerate(shard_set.shards) if shard.samples]
     for raw in raw_samples(shard_set, filled[0], 0, LOOKED_AT) if filled else ():
-        try:
-            return parse_record(raw)
-        except BadSample:
-            continue
-    return None
+        with suppress(BadSample):
+            found.append(parse_record(raw))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

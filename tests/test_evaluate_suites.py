@@ -212,6 +212,27 @@ def test_every_task_is_scored_with_the_heads_it_needs(
     assert max(boxes) == 7 and len(boxes) == SHARDS * IMAGES
 
 
+@pytest.mark.parametrize(
+    ("task", "given", "lacking"),
+    [
+        ("detection", "referring", "categories"),
+        ("lvis", "captioning", "frequencies of categories"),
+        ("lvis", "few", "frequencies of categories"),
+        ("phrases", "lvis", "captions with boxes"),
+        ("referring", "captioning", "expressions"),
+        ("segmentation", "vqa", "expressions with masks"),
+        ("vqa", "captioning", "questions"),
+        ("captioning", "vqa", "captions"),
+    ],
+)
+def test_a_set_that_a_task_cannot_score_is_refused_before_predicting(
+    data: Path, tmp_path: Path, task: str, given: str, lacking: str
+) -> None:
+    config = scored_config(tmp_path / "run", {"odd": {"set": str(data / given), "task": task}})
+    with pytest.raises(ConfigError, match=rf"eval\.suites\.odd .*needs {lacking}.*has none: give"):
+        open_suite(config, "odd")
+
+
 def test_an_image_is_encoded_once_for_all_questions_about_it(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,9 +340,9 @@ def test_prompts_replace_names_and_stand_around_them(
         evaluate_suites(bad, {"model": str(data / "model")})
     for kind, head in (
         ({"masks": True}, "masks"),
-        ({"task": "segmentation"}, "masks"),
-        ({"task": "vqa"}, "answers"),
-        ({"task": "captioning"}, "captions"),
+        ({"task": "segmentation", "set": str(data / "referring")}, "masks"),
+        ({"task": "vqa", "set": str(data / "vqa")}, "answers"),
+        ({"task": "captioning", "set": str(data / "captioning")}, "captions"),
     ):
         first, headless = {"first": short}, {"headless": {**short, **kind}}
         config = scored_config(tmp_path / "bare", first | headless)

@@ -90,8 +90,23 @@ def test_what_would_be_lost_or_missing_on_the_cluster_is_refused(
     with pytest.raises(ConfigError, match="run_dir 'runs/x' would lie on one machine"):
         prepared(asked("label", recipe, "run_dir=runs/x")).__enter__()
     (tmp_path / "gold").mkdir()
-    with pytest.raises(ConfigError, match=r"names files of this machine: \./gold; copy them"):
+    with pytest.raises(ConfigError, match=r"would name files of this machine: \./gold; copy them"):
         prepared(asked("pretrain", recipe, "data.mixture={./gold: 1}")).__enter__()
+    (tmp_path / "words.txt").write_text("yes\nno\n")
+    at_home = {
+        ("pretrain", "data.root=sets"): "sets",
+        ("pretrain", "data.vocabulary=words.json"): r"words\.json",
+        ("pretrain", "model.answers=words.txt"): r"words\.txt",
+        ("evaluate", "eval.suites.q={set: q, task: vqa, annotations: v.json}"): r"v\.json",
+        ("evaluate", "--checkpoint", "models/mine"): "models/mine",
+        ("evaluate", "--json", "scores.json"): r"scores\.json",
+    }
+    for (stage, *words), named in at_home.items():
+        with pytest.raises(ConfigError, match=f"would name files of this machine: {named}; copy"):
+            prepared(asked(stage, recipe, *words)).__enter__()
+    words = ("data.root=/mnt/sets", "--checkpoint", "s3://bucket/model", "--json", "-")
+    with prepared(asked("evaluate", recipe, *words)) as job:
+        assert "--checkpoint s3://bucket/model" in job.command
     with pytest.raises(ConfigError, match="phase 'techer' is not in the recipe"):
         prepared(asked("pretrain", recipe, "--phase", "techer")).__enter__()
     with pytest.raises(ConfigError, match=r"unknown config key train.step; did you mean"):

@@ -8,24 +8,12 @@ import shutil
 import sys
 from dataclasses import dataclass
 
-PACKAGES = tuple(
-    [
-        "torch",
-        "torchvision",
-        "timm",
-        "transformers",
-        "deepspeed",
-        "ray",
-        "webdataset",
-        "fsspec",
-        "s3fs",
-        "pycocotools",
-        "safetensors",
-        "textblob",
-        "numpy",
-        "pillow",
-    ]
-)
+PACKAGES = (
+    "torch", "torchvision", "timm", "transformers", "deepspeed", "ray", "webdataset", "fsspec",
+    "s3fs", "pycocotools", "hotcoco", "safetensors", "pyyaml", "google-crc32c", "pillow",
+    "simplejpeg", "py3langid", "numpy", "textblob", "defusedxml", "jinja2", "tqdm", "tensorboardx",
+)  # fmt: skip
+"""All that pyproject.toml lists: a submitted job has our code, but no metadata of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,8 +108,8 @@ def check_fits(name: str, suite: SuiteConfig, data: ShardSet) -> None:
     elif any(has(data, record) for record in first_records(data)):
         return
     raise ConfigError(
-        f"eval.suites.{name} is of task {suite.task}, which needs {needs}, and {data.url} has none: "
-        "give another set, or the task that this one is for"
+        f"eval.suites.{name} is of task {suite.task}, which needs {needs}, and {data.url} has none"
+        ": give another set, or the task that this one is for"
     )
 
 

@@ -1,4 +1,4 @@
-"""glipv2 report: one static page that tells what a finished main job found.
+"""glipv2 report: one static page that tells what a run, or several, found and cost.
 
 Reads only what the run folder holds; a part whose file is missing says so and the rest is shown.
 """
@@ -20,25 +20,18 @@ from glipv2.jobs.report_numbers import (
     verdict,
 )
 from glipv2.jobs.report_pictures import Gallery, examples, gallery
+from glipv2.jobs.report_runs import costs, loss_key, loss_plots, trained_runs
 from glipv2.jobs.report_suites import alerts, run_name, suite_tables
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import ConfigError, DataError
-from glipv2.pipeline.runlog import read_losses
-
-LOSS_TERMS = {
-    "loss": "Total loss",
-    "box": "Localisation (box)",
-    "centerness": "Centerness",
-    "token": "Region-word alignment",
-    "inter_image": "Inter-image contrast",
-    "mlm": "Masked language modelling",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `glipv2 report`."""
     parser.add_argument(
-        "run_dir", nargs="+", help="run folder; several are compared by what they scored on suites"
+        "run_dir",
+        nargs="+",
+        help="run folder; several are compared: losses, costs, scores on suites",
     )
     parser.add_argument("--out", help="the page (default: report.html in the one run's folder)")
 
@@ -57,24 +50,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write_comparison(run_dirs: list[str], out: str) -> str:
-    """A page about what several runs scored, side by side; returns `out`."""
+    """A page about several runs, side by side: training and scores; returns `out`."""
     if len(set(run_dirs)) < len(run_dirs):
         raise ConfigError("a run is given twice")
-    scored = _scored(run_dirs)
-    if not scored["suites"]:
+    scored = parts(run_dirs)
+    if not scored["suites"] and not scored["trained"]:
         raise DataError(
-            f"none of {', '.join(run_dirs)} was scored on a suite (glipv2 evaluate, glipv2 "
-            "schedule), so there is nothing to compare"
+            f"none of {', '.join(run_dirs)} was trained (glipv2 pretrain) or scored on a suite "
+            "(glipv2 evaluate, glipv2 schedule), so there is nothing to compare"
         )
     names = " and ".join(run_name(url, run_dirs) for url in run_dirs)
     storage.write_bytes(out, render("scores.html", name=names, **scored))
     return out
 
 
-def _scored(run_dirs: list[str]) -> dict[str, Any]:
-    """What the templates show of suites and of tuning."""
+def parts(run_dirs: list[str]) -> dict[str, Any]:
+    """What `scores.html` shows of training, of suites and of tuning."""
+    runs = trained_runs(run_dirs)
     return {
         "several": len(run_dirs) > 1,
+        "trained": costs(run_dirs),
+        "training": loss_plots(runs),
+        "training_key": loss_key(runs),
         "suites": suite_tables(run_dirs),
         "alerts": alerts(run_dirs),
         "adapted": adapted(run_dirs[0]) if len(run_dirs) == 1 else None,
@@ -85,20 +82,21 @@ def write_report(run_dir: str, out: str | None = None) -> str:
     """RUN/report.html (or `out`) from what the run folder holds; returns its path.
 
     The page is one self-contained file: no script, nothing loaded from elsewhere. Of a run that is
-    no main job it shows the scores of its checkpoints, and of models that were tuned to new sets.
+    no main job it shows its training, the scores of its checkpoints, and of models that were tuned
+    to new sets.
     """
     summary = _json(run_dir, "summary.json")
     path = out or storage.join(run_dir, "report.html")
     name = str(run_dir).rstrip("/").rsplit("/", 1)[-1]
-    scored = _scored([run_dir])
-    if summary is None and (scored["suites"] or scored["adapted"]):
+    scored = parts([run_dir])
+    if summary is None and any(scored[part] for part in ("trained", "suites", "adapted")):
         storage.write_bytes(path, render("scores.html", name=name, **scored))
         return path
     if summary is None:
         raise DataError(
             f"{storage.join(run_dir, 'summary.json')} is missing, so there is nothing to report: "
-            "is this the folder of a main job? glipv2 run and glipv2 evaluate RECIPE write it. A "
-            "run without phases needs scores (glipv2 evaluate, glipv2 schedule, glipv2 adapt)"
+            "is this a run folder? glipv2 run and glipv2 evaluate RECIPE write it; a run without "
+            "phases needs a training or scores (glipv2 pretrain, evaluate, schedule, adapt)"
         )
     config_text = _text(run_dir, "config.yaml")
     config = _yaml(config_text, storage.join(run_dir, "config.yaml"))
@@ -111,7 +109,7 @@ def write_report(run_dir: str, out: str | None = None) -> str:
         facts=headline_facts(summary),
         columns=columns(summary),
         rows=result_rows(summary),
-        losses=_loss_plots(run_dir),
+        losses=loss_plots({name: storage.join(run_dir, name) for name in MODELS}, MODELS),
         curves=_curve_plots(run_dir),
         labels=summary.get("labels") or {},
         threshold=threshold,
@@ -127,22 +125,6 @@ def write_report(run_dir: str, out: str | None = None) -> str:
     )
     storage.write_bytes(path, page)
     return path
-
-
-def _loss_plots(run_dir: str) -> list[Plot]:
-    logs = {m: read_losses(storage.join(run_dir, m)) for m in MODELS}
-    plots = [
-        line_plot(
-            title,
-            [
-                Series(name=m, style=m, points=[(e["step"], e[t]) for e in logs[m] if t in e])
-                for m in MODELS
-            ],
-            "step",
-        )
-        for t, title in LOSS_TERMS.items()
-    ]
-    return [plot for plot in plots if plot]
 
 
 def _curve_plots(run_dir: str) -> list[Plot]:

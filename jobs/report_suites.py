@@ -1,9 +1,11 @@
 """What `glipv2 evaluate` and `glipv2 schedule` found in runs: curves, figures, alerts.
 
-Reads RUN/eval/step-N/SUITE.json of one run or several, and of their phases if they have any.
+Reads RUN/eval/step-N/SUITE.json of one run or several, and of their phases if they have any; and
+RUN/eval/MODEL-DIGEST/SUITE.json, where models are scored that are no step of the run.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,28 @@ COUNT = 20
 """What is larger is no share of anything, but a number of things."""
 SHOWN = 8
 """Metrics of a suite in the table; all are in its result files."""
+OTHER_MODEL = re.compile(r"(.+)-[0-9a-f]{8}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One model on one suite."""
+
+    run: str
+    """Name of the run, empty for the only one."""
+    run_dir: str
+    model: str
+    """What it is called among those of its run: step 200, or a name."""
+    step: int | None
+    result: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.run} {self.model}".strip()
+
+    def value(self, metric: str) -> float | None:
+        found: float | None = self.result["metrics"].get(metric)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +76,11 @@ class SuiteTable:
 
 def suite_tables(run_dirs: Sequence[str]) -> list[SuiteTable]:
     """One a suite that has results, in alphabetical order."""
-    runs = scored_runs(run_dirs)
-    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
-    for name, url in runs.items():
-        for step, own in _results(url).items():
-            for suite, result in own.items():
-                found.setdefault(suite, {}).setdefault(name, {})[step] = result
-    return [_table(suite, found[suite], runs) for suite in sorted(found)]
+    found: dict[str, list[Scored]] = {}
+    for name, url in scored_runs(run_dirs).items():
+        for suite, scored in _results(name, url):
+            found.setdefault(suite, []).append(scored)
+    return [_table(suite, found[suite]) for suite in sorted(found)]
 
 
 def alerts(run_dirs: Sequence[str]) -> list[dict[str, Any]]:
@@ -68,14 +90,19 @@ def alerts(run_dirs: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def scored_runs(run_dirs: Sequence[str]) -> dict[str, str]:
-    """Name -> run folders with results: the runs themselves, and folders in them. The name of one
+    """Name -> run folders with results: the runs themselves, and folders in them."""
+    return name_runs(run_dirs, lambda url: bool(_folders(url)))
+
+
+def name_runs(run_dirs: Sequence[str], counts: Callable[[str], bool]) -> dict[str, str]:
+    """Name -> those of the run folders, and of the folders in them, that count. The name of one
     run alone is empty."""
     found: dict[str, str] = {}
     for run_dir in run_dirs:
         own = "" if len(run_dirs) == 1 else run_name(run_dir, run_dirs)
         for name in ("", *storage.list_names(run_dir)):
             url = storage.join(run_dir, name) if name else run_dir
-            if _steps(url):
+            if counts(url):
                 found["/".join(part for part in (own, name) if part)] = url
     return found
 
@@ -90,48 +117,84 @@ def run_name(run_dir: str, run_dirs: Sequence[str]) -> str:
     return run_dir
 
 
-def _steps(url: str) -> dict[int, str]:
+def _folders(url: str) -> dict[str, str]:
+    """Of RUN/eval: the folders of results."""
     folder = storage.join(url, "eval")
-    matches = {name: STEP_NAME.fullmatch(name) for name in storage.list_names(folder)}
-    return {int(m[1]): storage.join(folder, name) for name, m in matches.items() if m}
+    names = storage.list_names(folder)
+    fitting = [n for n in names if STEP_NAME.fullmatch(n) or OTHER_MODEL.fullmatch(n)]
+    return {name: storage.join(folder, name) for name in fitting}
 
 
-def _results(url: str) -> dict[int, dict[str, dict[str, Any]]]:
-    """Step -> suite -> result."""
-    found: dict[int, dict[str, dict[str, Any]]] = {}
-    for step, folder in sorted(_steps(url).items()):
-        files = [file for file in storage.list_names(folder) if file.endswith(".json")]
-        read = {file[:-5]: read_result(storage.join(folder, file)) for file in files}
-        found[step] = {
-            name: own for name, own in read.items() if isinstance(own, dict) and "metrics" in own
-        }
-    return found
+def _results(run: str, url: str) -> Iterable[tuple[str, Scored]]:
+    """(suite, a model's result), steps in their order, then other models."""
+    for name, folder in sorted(_folders(url).items(), key=lambda item: _order(item[0])):
+        step = STEP_NAME.fullmatch(name)
+        other = OTHER_MODEL.fullmatch(name)
+        model = f"step {int(step[1])}" if step else other[1] if other else name
+        for file in storage.list_names(folder):
+            own = read_result(storage.join(folder, file)) if file.endswith(".json") else None
+            if isinstance(own, dict) and "metrics" in own:
+                yield (
+                    file.removesuffix(".json"),
+                    Scored(run=run, run_dir=url, model=model, result=own,
+                           step=int(step[1]) if step else None),
+                )  # fmt: skip
 
 
-def _table(
-    suite: str, runs: dict[str, dict[int, dict[str, Any]]], urls: dict[str, str]
-) -> SuiteTable:
-    any_run = next(iter(runs.values()))
-    newest = any_run[max(any_run)]
-    first, names = newest["first"], list(newest["metrics"])
-    metrics = [first, *(name for name in names if name != first)][:SHOWN]
-    series, rows, tops = [], [], []
-    for number, (run, by_step) in enumerate(runs.items()):
-        points = [(s, r["metrics"][first]) for s, r in by_step.items() if first in r["metrics"]]
-        style = STYLES[number % len(STYLES)]
-        series.append(Series(name=run or "this run", style=style, points=points))
-        best, top = max(points, key=lambda point: point[1], default=(max(by_step), 0.0))
-        tops.append((top, run, int(best)))
-        for step in dict.fromkeys((max(by_step), int(best))):
-            said = f"{run} step {step}".strip() + (", best" if step == best else "")
-            rows.append(Row(name=said, cells=_cells(by_step[step]["metrics"], metrics, 1.0)))
+def _order(folder: str) -> tuple[bool, int, str]:
+    step = STEP_NAME.fullmatch(folder)
+    return (step is None, int(step[1]) if step else 0, folder)
+
+
+def _table(suite: str, scored: list[Scored]) -> SuiteTable:
+    last = max(scored, key=lambda one: one.step if one.step is not None else -1).result
+    first = last["first"]
+    metrics = [first, *(name for name in last["metrics"] if name != first)][:SHOWN]
+    series, rows = [], []
+    for number, run in enumerate(dict.fromkeys(one.run for one in scored)):
+        own = [one for one in scored if one.run == run]
+        series.append(_curve(own, first, STYLES[number % len(STYLES)]))
+        rows += _rows(own, first, metrics)
     several = any(len(one.points) > 1 for one in series)
     plot = line_plot(f"{suite}: {first}", series, "step") if several else None
     key = [(s.name, s.style) for s in series] if plot and len(series) > 1 else []
-    _, run, step = max(tops, key=lambda top: top[0])
-    closely = detail(runs[run][step], urls[run], f"{run} step {step}".strip())
-    return SuiteTable(name=suite, plot=plot, key=key, metrics=metrics, ours=rows,
-                      published=_published(suite, metrics), detail=closely)  # fmt: skip
+    best = _best(scored, first)
+    return SuiteTable(
+        name=suite,
+        plot=plot,
+        key=key,
+        metrics=metrics,
+        ours=rows,
+        published=_published(suite, metrics),
+        detail=detail(best.result, best.run_dir, best.name),
+    )
+
+
+def _curve(scored: list[Scored], metric: str, style: str) -> Series:
+    values = ((one.step, one.value(metric)) for one in scored)
+    points = [(step, value) for step, value in values if step is not None and value is not None]
+    return Series(name=scored[0].run or "this run", style=style, points=points)
+
+
+def _rows(scored: list[Scored], first: str, metrics: list[str]) -> list[Row]:
+    """Of one run: its newest step and its best, then models that are no step of it."""
+    steps = [one for one in scored if one.step is not None]
+    rows = []
+    if steps:
+        newest, best = steps[-1], _best(steps, first)
+        rows += [] if newest is best else [_row(newest, metrics)]
+        rows += [_row(best, metrics, best=True)]
+    return rows + [_row(one, metrics) for one in scored if one.step is None]
+
+
+def _best(scored: list[Scored], metric: str) -> Scored:
+    """The first of equals."""
+    return max(scored, key=lambda one: -1.0 if (v := one.value(metric)) is None else v)
+
+
+def _row(one: Scored, metrics: list[str], best: bool = False) -> Row:
+    said = one.name + (", best" if best else "")
+    return Row(name=said, cells=_cells(one.result["metrics"], metrics, 1.0))
 
 
 def _published(suite: str, metrics: list[str]) -> list[Row]:

@@ -149,7 +149,7 @@ def _checked(words: list[str]) -> Any:
     local = {text for key, text in _texts(tree) if _is_here_only(key, text)}
     given = [_answer_files(override_tree(override)) for override in parsed.overrides]
     answers = set().union(*given) or _answer_files(read_recipe(parsed.recipe))
-    options = {getattr(parsed, name, None) for name in OPTIONS} - {None, "", "-"}
+    options = {str(getattr(parsed, name, None) or "-") for name in OPTIONS} - {"-"}
     local |= {url for url in answers | options if not is_shared(url)}
     if local:
         raise ConfigError(

@@ -104,6 +104,8 @@ class Recorder:
         """Over the recent steps."""
         seconds = max(1e-9, sum(times.seconds for times in self.recent))
         figures = {
+            "step_seconds": seconds / max(1, len(self.recent)),
+            "devices": float(dist.world_size()),
             "images_per_second": len(self.recent) * self.config.train.global_batch / seconds,
             "data_wait_share": sum(times.waited for times in self.recent) / seconds,
             "memory_gb": memory_gb(),

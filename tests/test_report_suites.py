@@ -69,6 +69,22 @@ def test_newest_and_best_steps_stand_above_what_was_published(run):
     assert "shapes: recall_at_1" in page.html
 
 
+def test_a_model_that_is_no_step_of_the_run_has_a_row_of_its_own(run):
+    best = {"suite": "coco", "first": "ap", "metrics": {"ap": 0.9, "ap50": 1.0}, "key": "",
+            "protocol": "", "sets": {"coco": {"per_category": {}}}}  # fmt: skip
+    for folder in ("glip-t-0123abcd", "not-a-result"):
+        (run / "eval" / folder).mkdir()
+        (run / "eval" / folder / "coco.json").write_text(json.dumps(best))
+    coco = next(table for table in suite_tables([str(run)]) if table.name == "coco")
+    assert [row.name for row in coco.ours] == ["step 300", "step 200, best", "glip-t"]
+    assert coco.ours[-1].cells == ["0.900", "1.000"]
+    assert len(coco.plot.lines) == 1 and len(coco.plot.lines[0].points.split()) == 3
+    for step in (100, 200, 300):  # a folder with other models alone
+        (run / "eval" / f"step-{step:06d}" / "coco.json").unlink()
+    [coco, _] = suite_tables([str(run)])
+    assert [row.name for row in coco.ours] == ["glip-t"] and coco.plot is None
+
+
 def test_the_phases_of_a_main_job_share_a_plot(run, tmp_path):
     whole = tmp_path / "whole"
     (whole / "teacher").mkdir(parents=True)

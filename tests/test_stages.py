@@ -1,7 +1,9 @@
 """What the stages share: their time over all attempts, a run's settings, a full disk, a bad log."""
 
 import argparse
+import importlib.metadata
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -128,3 +130,9 @@ def test_a_damaged_line_in_the_middle_of_the_losses_is_named(
         read_losses(str(tmp_path))
     path.write_bytes(b"\n".join([lines[0], *lines[2:]]))  # the cure
     assert [entry["step"] for entry in read_losses(str(tmp_path))] == [0, 2]
+
+
+def test_doctor_looks_at_every_package_that_is_required() -> None:
+    required = importlib.metadata.requires("glipv2") or []
+    names = {re.split(r"[\[=<>~ ;]", line)[0] for line in required if "extra ==" not in line}
+    assert names == set(doctor.PACKAGES)

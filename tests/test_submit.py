@@ -69,7 +69,8 @@ def test_the_package_that_travels_needs_no_installation(tmp_path: Path) -> None:
         "import glipv2.jobs.cli as cli, glipv2.eval.published as p, glipv2.model.tokenizer as t\n"
         "assert p.suites() and t.tiny_vocab()\n"
         "from glipv2.jobs.page import render\n"
-        "render('scores.html', name='x', several=False, suites=[], alerts=[], adapted=None)\n"
+        "from glipv2.jobs.report import parts\n"
+        "render('scores.html', name='x', **parts(['nowhere']))\n"
         "print(cli.__file__)"
     )
     done = subprocess.run(

@@ -18,6 +18,7 @@ TOY_METRICS = (
     "chunked_seen_ap50",
     "chunked_unseen_ap50",
 )
+LABEL_FIGURES = ("precision_at_50", "recall_at_50", "kept", "by_group")
 RECALLS = ("recall_at_1", "recall_at_5", "recall_at_10")
 
 
@@ -94,7 +95,7 @@ def _rounds(config: RunConfig) -> list[dict[str, Any]]:
         own = [round_name(name, number) for name in config.label.inputs.values()]
         judged = (_judged(config, name) for name in own if name in config.eval.label_truth)
         found = next(filter(None, judged), {})
-        labels = {key: found[key] for key in ("precision_at_50", "recall_at_50") if found}
+        labels = {key: found[key] for key in LABEL_FIGURES if found}
         rounds.append({"student": student, "gold": gold, "labels": labels})
     return rounds
 

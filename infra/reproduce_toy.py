@@ -2,7 +2,7 @@
 
     python infra/reproduce_toy.py --recipe infra/recipes/two_rounds.yaml --out runs/two-rounds
 
-At most two hours on two cores; killed, it goes on where it was. Prints the README's tables: what each
+At most two hours on two cores; killed, it goes on where it was. Prints two tables: what each
 model finds, and how good the labels of each round are on what gold never shows.
 """
 

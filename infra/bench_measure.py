@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def seconds(*works: Callable[[], object], repeats: int = 5) -> list[float]:
-    """Median processor time of one call of each, taken in turns after a warm-up."""
-    for work in works:
+def seconds(*works: Callable[[], object], repeats: int = 5, warm_up: bool = True) -> list[float]:
+    """Median processor time of one call of each, taken in turns."""
+    for work in works if warm_up else ():
         work()
     times: list[list[float]] = [[] for _ in works]
     for _ in range(repeats):

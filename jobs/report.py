@@ -21,9 +21,13 @@ from glipv2.jobs.report_numbers import (
 )
 from glipv2.jobs.report_pictures import Gallery, examples, gallery
 from glipv2.jobs.report_runs import costs, loss_key, loss_plots, trained_runs
-from glipv2.jobs.report_suites import alerts, run_name, suite_tables
+from glipv2.jobs.report_scored import alerts, run_name
+from glipv2.jobs.report_suites import suite_tables
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import ConfigError, DataError
+
+SHOWN = ("costs", "suites", "alerts", "adapted")
+"""Parts of which a run without phases needs one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +58,7 @@ def write_comparison(run_dirs: list[str], out: str) -> str:
     if len(set(run_dirs)) < len(run_dirs):
         raise ConfigError("a run is given twice")
     scored = parts(run_dirs)
-    if not scored["suites"] and not scored["trained"]:
+    if not any(scored[part] for part in SHOWN):
         raise DataError(
             f"none of {', '.join(run_dirs)} was trained (glipv2 pretrain) or scored on a suite "
             "(glipv2 evaluate, glipv2 schedule), so there is nothing to compare"
@@ -69,7 +73,7 @@ def parts(run_dirs: list[str]) -> dict[str, Any]:
     runs = trained_runs(run_dirs)
     return {
         "several": len(run_dirs) > 1,
-        "trained": costs(run_dirs),
+        "costs": costs(run_dirs),
         "training": loss_plots(runs),
         "training_key": loss_key(runs),
         "suites": suite_tables(run_dirs),
@@ -89,7 +93,7 @@ def write_report(run_dir: str, out: str | None = None) -> str:
     path = out or storage.join(run_dir, "report.html")
     name = str(run_dir).rstrip("/").rsplit("/", 1)[-1]
     scored = parts([run_dir])
-    if summary is None and any(scored[part] for part in ("trained", "suites", "adapted")):
+    if summary is None and any(scored[part] for part in SHOWN):
         storage.write_bytes(path, render("scores.html", name=name, **scored))
         return path
     if summary is None:

@@ -60,6 +60,8 @@ class SuitePictures:
 class Detail:
     model: str
     """Run and step."""
+    set: str
+    """Which of several sets is shown; empty for the only one."""
     categories: list[tuple[str, str, str]]
     """Name, AP and AP50, the best first."""
     plot: Plot | None
@@ -70,7 +72,7 @@ class Detail:
 
 def detail(result: dict[str, Any], run_dir: str, model: str) -> Detail | None:
     """None for suites that have no categories. Several sets: the first stands for them."""
-    own: dict[str, Any] = next(iter(result["sets"].values()))
+    name, own = next(iter(result["sets"].items()))
     per_category = {k: v for k, v in own["per_category"].items() if v["ap"] is not None}
     if not per_category:
         return None
@@ -78,6 +80,7 @@ def detail(result: dict[str, Any], run_dir: str, model: str) -> Detail | None:
     series = _curves(per_category, ranked)
     return Detail(
         model=model,
+        set=name if len(result["sets"]) > 1 else "",
         categories=[
             (name, _figure(per_category[name].get("ap")), _figure(per_category[name].get("ap50")))
             for name in ranked

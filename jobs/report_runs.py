@@ -1,6 +1,7 @@
-"""The training of runs, for the report: loss curves side by side, what it cost, configurations.
+"""The training of runs, for the report: loss curves side by side, costs, configurations.
 
-Reads RUN/losses.jsonl, RUN/metrics.jsonl and RUN/config.yaml of runs and of their phases.
+Reads RUN/losses.jsonl, RUN/metrics.jsonl and RUN/config.yaml of runs and of their phases; of what
+scoring cost, the results of their suites.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from typing import Any
 import yaml
 
 from glipv2.jobs.plots import Plot, Series, line_plot
-from glipv2.jobs.report_suites import STYLES, name_runs
+from glipv2.jobs.report_scored import name_runs, results, scored_runs
+from glipv2.jobs.report_suites import STYLES
 from glipv2.pipeline import storage
 from glipv2.pipeline.runlog import LOSSES, METRICS, read_losses
 
@@ -29,8 +31,8 @@ CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
-    """One run."""
+class Cost:
+    """Of one run; zeros where it was not trained, or not scored on a suite."""
 
     name: str
     steps: int
@@ -38,6 +40,10 @@ class Trained:
     """That went through the model, repetitions counted."""
     device_hours: float
     """Of the steps that stand: without set-up, checkpoints and steps that were made again."""
+    images_scored: int
+    """By all results there are, an image counted once for each."""
+    scoring_hours: float
+    """Of the workers that made the predictions."""
     config: str
     """The resolved configuration as YAML, empty if it is gone."""
 
@@ -47,22 +53,28 @@ def trained_runs(run_dirs: Sequence[str]) -> dict[str, str]:
     return name_runs(run_dirs, lambda url: storage.exists(storage.join(url, LOSSES)))
 
 
-def costs(run_dirs: Sequence[str]) -> list[Trained]:
-    """A row for each training."""
-    return [_trained(name or "this run", url) for name, url in trained_runs(run_dirs).items()]
+def costs(run_dirs: Sequence[str]) -> list[Cost]:
+    """A row for each run that was trained, or scored on suites."""
+    trained, scored = trained_runs(run_dirs), scored_runs(run_dirs)
+    every = name_runs(run_dirs, lambda url: url in {*trained.values(), *scored.values()})
+    found = {url: _cost(name, url) for name, url in every.items()}
+    return [own for url, own in found.items() if own.images_scored or url in trained.values()]
 
 
-def _trained(name: str, url: str) -> Trained:
+def _cost(name: str, url: str) -> Cost:
     losses = read_losses(url)
     steps = losses[-1]["step"] + 1 if losses else 0
     config_url = storage.join(url, CONFIG)
     there = storage.exists(config_url)
     text = storage.read_bytes(config_url).decode(errors="replace") if there else ""
-    return Trained(
-        name=name,
+    scored = [one for _, one in results(name, url)]
+    return Cost(
+        name=name or "this run",
         steps=steps,
         images=steps * _global_batch(text),
         device_hours=device_hours(storage.read_json_lines(storage.join(url, METRICS)), steps),
+        images_scored=sum(one.images for one in scored),
+        scoring_hours=sum(one.seconds for one in scored) / 3600,
         config=text,
     )
 

@@ -1,19 +1,18 @@
-"""What `glipv2 evaluate` and `glipv2 schedule` found in runs: curves, figures, alerts.
+"""What `glipv2 evaluate` and `glipv2 schedule` found in runs: curves, figures, and published ones.
 
-Reads RUN/eval/step-N/SUITE.json of one run or several, and of their phases if they have any; and
-RUN/eval/MODEL-DIGEST/SUITE.json, where models are scored that are no step of the run.
+What was scored with other data or settings shares no curve with the rest, and is never the best.
 """
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from glipv2.jobs.evaluate_suites import read_result
+import yaml
+
 from glipv2.jobs.plots import Plot, Series, line_plot
 from glipv2.jobs.report_details import Detail, detail
-from glipv2.model.folders import STEP_NAME
-from glipv2.pipeline import storage
+from glipv2.jobs.report_scored import Scored, results_by_suite
 
 if TYPE_CHECKING:
     from glipv2.eval.published import Published
@@ -21,32 +20,25 @@ if TYPE_CHECKING:
 STYLES = ("accent", "second", "teacher", "control")
 PERCENT = 100.0
 """Published figures are in percent, ours in [0, 1]."""
-COUNT = 20
-"""What is larger is no share of anything, but a number of things."""
-SHOWN = 8
-"""Metrics of a suite in the table; all are in its result files."""
-OTHER_MODEL = re.compile(r"(.+)-[0-9a-f]{8}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """One model on one suite."""
-
-    run: str
-    """Name of the run, empty for the only one."""
-    run_dir: str
-    model: str
-    """What it is called among those of its run: step 200, or a name."""
-    step: int | None
-    result: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f"{self.run} {self.model}".strip()
-
-    def value(self, metric: str) -> float | None:
-        found: float | None = self.result["metrics"].get(metric)
-        return found
+COUNTS = ("phrases", "expressions", "questions", "images")
+"""Metrics that are no shares but numbers of things."""
+SHOWN = {
+    "detection": ("ap50", "ap75", "ap_small", "ap_medium", "ap_large",
+                  "mask_ap", "mask_ap50", "mask_ap75"),
+    "lvis": ("ap_rare", "ap_common", "ap_frequent", "ap50",
+             "classic_ap", "classic_ap_rare", "classic_ap_common", "classic_ap_frequent",
+             "mask_ap", "mask_ap_rare", "mask_ap_common", "mask_ap_frequent"),
+    "phrases": ("recall_at_5", "recall_at_10", "merged_recall_at_1", "merged_recall_at_5",
+                "merged_recall_at_10", "phrases"),
+    "referring": ("accuracy_*", "expressions"),
+    "segmentation": ("cumulative_iou", "precision_at_*", "phrases"),
+    "vqa": ("accuracy_*", "questions"),
+    "captioning": ("bleu_4", "meteor", "rouge_l", "spice", "images"),
+}  # fmt: skip
+"""Task -> metrics in the table beside its first and that one's median; the files have all."""
+FALLBACK = 12
+"""Metrics of a result that does not say its task."""
+OTHER = ", other settings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,122 +61,107 @@ class SuiteTable:
     """Name and style of each line of the plot."""
     metrics: list[str]
     ours: list[Row]
+    left_out: int
+    """Steps that were scored with other data or settings than their run's newest."""
+    published_metrics: list[str]
     published: list[Row]
+    by_set: "SetTable | None"
+    """Of a suite of several sets."""
+    settings: list[tuple[str, str]]
+    """Whose, and data and settings as YAML; several where runs differ."""
     detail: Detail | None
     """Of the step that is best by the first metric."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SetTable:
+    """The first metric of each set: our best step and published models."""
+
+    metric: str
+    models: list[tuple[str, str]]
+    """Name and source, which is empty for ours."""
+    rows: list[Row]
+    """One a set."""
+
+
 def suite_tables(run_dirs: Sequence[str]) -> list[SuiteTable]:
     """One a suite that has results, in alphabetical order."""
-    found: dict[str, list[Scored]] = {}
-    for name, url in scored_runs(run_dirs).items():
-        for suite, scored in _results(name, url):
-            found.setdefault(suite, []).append(scored)
-    return [_table(suite, found[suite]) for suite in sorted(found)]
-
-
-def alerts(run_dirs: Sequence[str]) -> list[dict[str, Any]]:
-    """What the scheduler reported, oldest first, of the runs and their phases."""
-    urls = (storage.join(url, "eval", "alerts.jsonl") for url in scored_runs(run_dirs).values())
-    return sorted((e for url in urls for e in storage.read_json_lines(url)), key=lambda e: e["at"])
-
-
-def scored_runs(run_dirs: Sequence[str]) -> dict[str, str]:
-    """Name -> run folders with results: the runs themselves, and folders in them."""
-    return name_runs(run_dirs, lambda url: bool(_folders(url)))
-
-
-def name_runs(run_dirs: Sequence[str], counts: Callable[[str], bool]) -> dict[str, str]:
-    """Name -> those of the run folders, and of the folders in them, that count. The name of one
-    run alone is empty."""
-    found: dict[str, str] = {}
-    for run_dir in run_dirs:
-        own = "" if len(run_dirs) == 1 else run_name(run_dir, run_dirs)
-        for name in ("", *storage.list_names(run_dir)):
-            url = storage.join(run_dir, name) if name else run_dir
-            if counts(url):
-                found["/".join(part for part in (own, name) if part)] = url
-    return found
-
-
-def run_name(run_dir: str, run_dirs: Sequence[str]) -> str:
-    """Its folder's name, or as much of its path as tells it from the others."""
-    parts = run_dir.rstrip("/").split("/")
-    others = [other.rstrip("/").split("/") for other in run_dirs if other != run_dir]
-    for count in range(1, len(parts)):
-        if all(other[-count:] != parts[-count:] for other in others):
-            return "/".join(parts[-count:])
-    return run_dir
-
-
-def _folders(url: str) -> dict[str, str]:
-    """Of RUN/eval: the folders of results."""
-    folder = storage.join(url, "eval")
-    names = storage.list_names(folder)
-    fitting = [n for n in names if STEP_NAME.fullmatch(n) or OTHER_MODEL.fullmatch(n)]
-    return {name: storage.join(folder, name) for name in fitting}
-
-
-def _results(run: str, url: str) -> Iterable[tuple[str, Scored]]:
-    """(suite, a model's result), steps in their order, then other models."""
-    for name, folder in sorted(_folders(url).items(), key=lambda item: _order(item[0])):
-        step = STEP_NAME.fullmatch(name)
-        other = OTHER_MODEL.fullmatch(name)
-        model = f"step {int(step[1])}" if step else other[1] if other else name
-        for file in storage.list_names(folder):
-            own = read_result(storage.join(folder, file)) if file.endswith(".json") else None
-            if isinstance(own, dict) and "metrics" in own:
-                yield (
-                    file.removesuffix(".json"),
-                    Scored(run=run, run_dir=url, model=model, result=own,
-                           step=int(step[1]) if step else None),
-                )  # fmt: skip
-
-
-def _order(folder: str) -> tuple[bool, int, str]:
-    step = STEP_NAME.fullmatch(folder)
-    return (step is None, int(step[1]) if step else 0, folder)
+    return [_table(suite, scored) for suite, scored in results_by_suite(run_dirs).items()]
 
 
 def _table(suite: str, scored: list[Scored]) -> SuiteTable:
-    last = max(scored, key=lambda one: one.step if one.step is not None else -1).result
-    first = last["first"]
-    metrics = [first, *(name for name in last["metrics"] if name != first)][:SHOWN]
-    series, rows = [], []
-    for number, run in enumerate(dict.fromkeys(one.run for one in scored)):
-        own = [one for one in scored if one.run == run]
-        series.append(_curve(own, first, STYLES[number % len(STYLES)]))
-        rows += _rows(own, first, metrics)
+    runs = [
+        _current([one for one in scored if one.run == run])
+        for run in dict.fromkeys(one.run for one in scored)
+    ]
+    newest = _newest(runs[0])
+    first, task, protocol = newest.result["first"], newest.result.get("task", ""), newest.protocol
+    shown = [one for own in runs for one in own]
+    metrics = _metrics(task, first, (name for one in shown for name in one.result["metrics"]))
+    series = [
+        _curve(own, first, STYLES[number % len(STYLES)], protocol)
+        for number, own in enumerate(runs)
+    ]
     several = any(len(one.points) > 1 for one in series)
     plot = line_plot(f"{suite}: {first}", series, "step") if several else None
     key = [(s.name, s.style) for s in series] if plot and len(series) > 1 else []
-    best = _best(scored, first)
+    best = _best([one for one in shown if one.protocol == protocol], first)
+    published_metrics, published = _published(suite, task, first)
     return SuiteTable(
         name=suite,
         plot=plot,
         key=key,
         metrics=metrics,
-        ours=rows,
-        published=_published(suite, metrics),
+        ours=[row for own in runs for row in _rows(own, first, metrics, protocol)],
+        left_out=len(scored) - len(shown),
+        published_metrics=published_metrics,
+        published=published,
+        by_set=_by_set(suite, [_best(_of_run(own), first) for own in runs], first, protocol),
+        settings=_settings(runs),
         detail=detail(best.result, best.run_dir, best.name),
     )
 
 
-def _curve(scored: list[Scored], metric: str, style: str) -> Series:
-    values = ((one.step, one.value(metric)) for one in scored)
+def _current(own: list[Scored]) -> list[Scored]:
+    """Of one run: the steps that were scored as its newest was, and models that are no step."""
+    protocol = _newest(own).protocol
+    return [one for one in own if one.step is None or one.protocol == protocol]
+
+
+def _newest(own: list[Scored]) -> Scored:
+    """The run's newest step; if it has none, its last model."""
+    return max(own, key=lambda one: -1 if one.step is None else one.step)
+
+
+def _of_run(own: list[Scored]) -> list[Scored]:
+    """Its steps; if it has none, its models."""
+    return [one for one in own if one.step is not None] or own
+
+
+def _metrics(task: str, first: str, names: Iterable[str]) -> list[str]:
+    """Of `names` those that are shown, in the order of the table."""
+    every = list(dict.fromkeys(names))
+    others = SHOWN.get(task, every[:FALLBACK])
+    wanted = (first, f"{first}_median", *others)
+    return list(dict.fromkeys(n for one in wanted for n in every if fnmatchcase(n, one)))
+
+
+def _curve(own: list[Scored], metric: str, style: str, protocol: str) -> Series:
+    values = ((one.step, one.value(metric)) for one in own)
     points = [(step, value) for step, value in values if step is not None and value is not None]
-    return Series(name=scored[0].run or "this run", style=style, points=points)
+    said = (own[0].run or "this run") + _marked(_newest(own), protocol)
+    return Series(name=said, style=style, points=points)
 
 
-def _rows(scored: list[Scored], first: str, metrics: list[str]) -> list[Row]:
+def _rows(own: list[Scored], first: str, metrics: list[str], protocol: str) -> list[Row]:
     """Of one run: its newest step and its best, then models that are no step of it."""
-    steps = [one for one in scored if one.step is not None]
+    steps = [one for one in own if one.step is not None]
     rows = []
     if steps:
         newest, best = steps[-1], _best(steps, first)
-        rows += [] if newest is best else [_row(newest, metrics)]
-        rows += [_row(best, metrics, best=True)]
-    return rows + [_row(one, metrics) for one in scored if one.step is None]
+        rows += [] if newest is best else [_row(newest, metrics, protocol)]
+        rows += [_row(best, metrics, protocol, best=True)]
+    return rows + [_row(one, metrics, protocol) for one in own if one.step is None]
 
 
 def _best(scored: list[Scored], metric: str) -> Scored:
@@ -192,16 +169,55 @@ def _best(scored: list[Scored], metric: str) -> Scored:
     return max(scored, key=lambda one: -1.0 if (v := one.value(metric)) is None else v)
 
 
-def _row(one: Scored, metrics: list[str], best: bool = False) -> Row:
-    said = one.name + (", best" if best else "")
+def _row(one: Scored, metrics: list[str], protocol: str, best: bool = False) -> Row:
+    said = one.name + (", best" if best else "") + _marked(one, protocol)
     return Row(name=said, cells=_cells(one.result["metrics"], metrics, 1.0))
 
 
-def _published(suite: str, metrics: list[str]) -> list[Row]:
-    """Those of a suite with the name of a published one."""
+def _marked(one: Scored, protocol: str) -> str:
+    return "" if one.protocol == protocol else OTHER
+
+
+def _by_set(suite: str, ours: list[Scored], first: str, protocol: str) -> SetTable | None:
+    """None for a suite of one set."""
     from glipv2.eval.published import published
 
-    return published_rows(published(suite), metrics)
+    names = list(dict.fromkeys(name for one in ours for name in one.result["sets"]))
+    if len(names) < 2:
+        return None
+    columns: dict[tuple[str, str], dict[str, float]] = {}
+    for one in ours:
+        sets = one.result["sets"].items()
+        values = {n: PERCENT * own["metrics"][first] for n, own in sets if first in own["metrics"]}
+        columns[one.name + _marked(one, protocol), ""] = values
+    for figure in published(suite):
+        if figure.set and figure.metric == first:
+            columns.setdefault((figure.model, _source(figure)), {})[figure.set] = figure.value
+    rows = []
+    for name in names:
+        cells = [_cells(values, [name], PERCENT)[0] for values in columns.values()]
+        rows.append(Row(name=name, cells=cells))
+    return SetTable(metric=first, models=list(columns), rows=rows)
+
+
+def _settings(runs: list[list[Scored]]) -> list[tuple[str, str]]:
+    """Of each protocol, under the name of the first run that has it."""
+    found: dict[str, tuple[str, str]] = {}
+    for one in map(_newest, runs):
+        if "settings" in one.result:
+            data = {name: own["url"] for name, own in one.result["sets"].items()}
+            tree: dict[str, Any] = {"data": data, "settings": one.result["settings"]}
+            found.setdefault(one.protocol, (one.run, yaml.safe_dump(tree, sort_keys=False)))
+    return list(found.values())
+
+
+def _published(suite: str, task: str, first: str) -> tuple[list[str], list[Row]]:
+    """Metrics and rows of a suite with the name of a published one."""
+    from glipv2.eval.published import published
+
+    figures = published(suite)
+    metrics = _metrics(task, first, (figure.metric for figure in figures if not figure.set))
+    return metrics, published_rows(figures, metrics)
 
 
 def published_rows(figures: "Iterable[Published]", metrics: list[str]) -> list[Row]:
@@ -209,15 +225,21 @@ def published_rows(figures: "Iterable[Published]", metrics: list[str]) -> list[R
     found: dict[tuple[str, str], dict[str, float]] = {}
     for figure in figures:
         if figure.metric in metrics and not figure.set:
-            doubt = "" if figure.tag == "paper" else f", {figure.tag}"
-            source = f"published, {figure.setting}, {figure.source}{doubt}"
-            found.setdefault((figure.model, source), {})[figure.metric] = figure.value
+            found.setdefault((figure.model, _source(figure)), {})[figure.metric] = figure.value
     return [
         Row(name=model, source=source, cells=_cells(values, metrics, PERCENT))
         for (model, source), values in found.items()
     ]
 
 
+def _source(figure: "Published") -> str:
+    doubt = "" if figure.tag == "paper" else f", {figure.tag}"
+    return f"published, {figure.setting}, {figure.source}{doubt}"
+
+
 def _cells(values: dict[str, float], metrics: list[str], whole: float) -> list[str]:
-    found = (values[m] / whole if m in values else None for m in metrics)
-    return ["–" if v is None else f"{v:,.0f}" if v > COUNT else f"{v:.3f}" for v in found]
+    return [_cell(name, values[name] / whole) if name in values else "–" for name in metrics]
+
+
+def _cell(metric: str, value: float) -> str:
+    return f"{value:,.0f}" if metric in COUNTS else f"{value:.3f}"

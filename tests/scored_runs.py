@@ -1,6 +1,7 @@
 """Tiny sets, models and runs to evaluate, shared by the tests of evaluate and schedule."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from glipv2.data_prep.toy import toy_record
+from glipv2.jobs.evaluate import evaluate_suites
 from glipv2.jobs.prepare import prepare_set
 from glipv2.model.config import InputConfig, preset
 from glipv2.model.folders import step_url
@@ -97,6 +99,38 @@ def write_tasks(folder: Path) -> dict[str, str]:
             str(folder / name), records, categories, info.get(name, {}), samples_per_shard=2
         )
     return {name: str(folder / name) for name in sets}
+
+
+def write_result(
+    run: Path,
+    suite: str,
+    metrics: dict[str, float],
+    *,
+    step: int = 0,
+    folder: str = "",
+    protocol: str = "",
+    sets: dict[str, dict[str, float]] | None = None,
+    task: str = "",
+) -> None:
+    """RUN/eval/step-N/SUITE.json (or in `folder`) with these figures; the first one leads."""
+    where = run / "eval" / (folder or f"step-{step:06d}")
+    where.mkdir(parents=True, exist_ok=True)
+    every = {name: {"metrics": own, "per_category": {}, "url": name, "images": 2}
+             for name, own in (sets or {suite: metrics}).items()}  # fmt: skip
+    result = {"suite": suite, "first": next(iter(metrics)), "metrics": metrics, "key": "",
+              "protocol": protocol, "sets": every, **({"task": task} if task else {})}  # fmt: skip
+    (where / f"{suite}.json").write_text(json.dumps(result))
+
+
+def write_scored_runs(folder: Path) -> None:
+    """FOLDER/one and FOLDER/two, a step each, scored on boxes and on phrases of FOLDER/val."""
+    write_detection(folder / "val")
+    suites = {"toy": {"set": str(folder / "val"), "chunk_size": 5},
+              "words": {"set": str(folder / "val"), "task": "phrases"}}  # fmt: skip
+    for name, seed in (("one", 1), ("two", 2)):
+        save_step(str(folder / name), 20, seed=seed)
+        config = scored_config(folder / name, suites)
+        evaluate_suites(config, {"model": str(folder / name)})
 
 
 def scored_config(run_dir: object, eval_suites: dict[str, Any], **schedule: Any) -> RunConfig:

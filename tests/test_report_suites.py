@@ -1,10 +1,14 @@
 """The page of a run that was scored on suites: curves, figures, reports, published rows."""
 
+import gzip
 import json
+import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 from page_parser import EVIL, assert_self_contained, shown  # noqa: E402
@@ -12,16 +16,22 @@ from scored_runs import (  # noqa: E402
     IMAGES,
     SHARDS,
     counting_map,
-    save_step,
     scored_config,
+    tiny_model,
     write_detection,
+    write_result,
+    write_scored_runs,
+    write_tasks,
 )
 
+from glipv2.eval.odinw import odinw_sets  # noqa: E402
 from glipv2.eval.published import published  # noqa: E402
 from glipv2.jobs.cli import main  # noqa: E402
 from glipv2.jobs.evaluate import evaluate_suites  # noqa: E402
 from glipv2.jobs.report import write_report  # noqa: E402
-from glipv2.jobs.report_suites import run_name, suite_tables  # noqa: E402
+from glipv2.jobs.report_runs import costs  # noqa: E402
+from glipv2.jobs.report_scored import alerts, run_name  # noqa: E402
+from glipv2.jobs.report_suites import suite_tables  # noqa: E402
 from glipv2.pipeline import ray_map  # noqa: E402
 from glipv2.pipeline.shard_reader import iterate_records  # noqa: E402
 
@@ -30,14 +40,10 @@ from glipv2.pipeline.shard_reader import iterate_records  # noqa: E402
 def run(tmp_path):
     """A run without phases, scored at three steps on two suites."""
     for step, ap in ((100, 0.2), (200, 0.4), (300, 0.31)):
-        folder = tmp_path / "run" / "eval" / f"step-{step:06d}"
-        folder.mkdir(parents=True)
         for suite, first in (("coco", "ap"), ("shapes", "recall_at_1")):
-            metrics = {first: ap, "ap50": ap + 0.1}
-            result = {"suite": suite, "first": first, "metrics": metrics, "key": "", "protocol": "",
-                      "sets": {suite: {"per_category": {}}}}  # fmt: skip
-            (folder / f"{suite}.json").write_text(json.dumps(result))
-        (folder / "coco.evalai.json").write_text('[{"question_id": 1, "answer": "x"}]')
+            write_result(tmp_path / "run", suite, {first: ap, "ap50": ap + 0.1}, step=step)
+        evalai = tmp_path / "run" / "eval" / f"step-{step:06d}" / "coco.evalai.json"
+        evalai.write_text('[{"question_id": 1, "answer": "x"}]')
     told = {"event": "fall", "at": 1.0, "text": f"coco.ap fell {EVIL}"}
     (tmp_path / "run" / "eval" / "alerts.jsonl").write_text(json.dumps(told) + "\n")
     return tmp_path / "run"
@@ -63,18 +69,16 @@ def test_newest_and_best_steps_stand_above_what_was_published(run):
     glip = next(f for f in published("coco") if f.model == "GLIP-T" and f.tag == "paper")
     said = f"published, {glip.setting}, {glip.source}"
     own = next(row for row in table if row[0].replace(" ", "") == f"GLIP-T{said}".replace(" ", ""))
-    assert own[1:] == [f"{glip.value / 100:.3f}", "–"]
+    assert own[1:] == [f"{glip.value / 100:.3f}"]
     of_shapes = table[table.index(["Model", "recall_at_1", "ap50"]) :]
-    assert len(of_shapes) == 3 and not any("published" in row[0] for row in of_shapes)
+    names = [row[0] for row in of_shapes]
+    assert names == ["Model", "step 300", "step 200, best", "Run", "this run"]
     assert "shapes: recall_at_1" in page.html
 
 
 def test_a_model_that_is_no_step_of_the_run_has_a_row_of_its_own(run):
-    best = {"suite": "coco", "first": "ap", "metrics": {"ap": 0.9, "ap50": 1.0}, "key": "",
-            "protocol": "", "sets": {"coco": {"per_category": {}}}}  # fmt: skip
     for folder in ("glip-t-0123abcd", "not-a-result"):
-        (run / "eval" / folder).mkdir()
-        (run / "eval" / folder / "coco.json").write_text(json.dumps(best))
+        write_result(run, "coco", {"ap": 0.9, "ap50": 1.0}, folder=folder)
     coco = next(table for table in suite_tables([str(run)]) if table.name == "coco")
     assert [row.name for row in coco.ours] == ["step 300", "step 200, best", "glip-t"]
     assert coco.ours[-1].cells == ["0.900", "1.000"]
@@ -100,18 +104,20 @@ def test_the_phases_of_a_main_job_share_a_plot(run, tmp_path):
     assert 'href="#suites"' in page.html
 
 
-@pytest.fixture
-def scored(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def scored_once(tmp_path_factory):
     """Two runs that were really scored, on boxes and on phrases."""
-    monkeypatch.setattr(ray_map, "map_on_ray", counting_map([]))
-    write_detection(tmp_path / "val")
-    suites = {"toy": {"set": str(tmp_path / "val"), "chunk_size": 5},
-              "words": {"set": str(tmp_path / "val"), "task": "phrases"}}  # fmt: skip
-    for name, seed in (("one", 1), ("two", 2)):
-        save_step(str(tmp_path / name), 20, seed=seed)
-        config = scored_config(tmp_path / name, suites)
-        evaluate_suites(config, {"model": str(tmp_path / name)})
-    return tmp_path
+    folder = tmp_path_factory.mktemp("scored")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_map, "map_on_ray", counting_map([]))
+        write_scored_runs(folder)
+    return folder
+
+
+@pytest.fixture
+def scored(scored_once, tmp_path):
+    """Them, to be changed at will."""
+    return shutil.copytree(scored_once, tmp_path / "scored")
 
 
 def test_categories_curves_and_pictures_are_those_of_the_best_step(scored):
@@ -154,6 +160,169 @@ def test_several_runs_stand_side_by_side(scored, capsys):
     assert main(["report", runs[0], runs[0], "--out", out]) == 2
     assert "given twice" in capsys.readouterr().err
     assert main(["report", str(scored), str(scored / "val"), "--out", out]) == 0  # phases count
+
+
+def test_steps_of_other_settings_share_no_curve_and_are_never_best(run):
+    write_result(run, "coco", {"ap": 0.95, "ap50": 0.96}, step=200, protocol="old")
+    write_result(run, "coco", {"ap": 0.9, "ap50": 1.0}, folder="glip-t-0123abcd", protocol="old")
+    [coco, shapes] = suite_tables([str(run)])
+    assert [row.name for row in coco.ours] == ["step 300, best", "glip-t, other settings"]
+    assert len(coco.plot.lines[0].points.split()) == 2 and coco.left_out == 1
+    assert shapes.left_out == 0
+    page = shown(Path(write_report(str(run))))
+    assert page.text.count("1 step is left out: scored with other data or settings") == 1
+
+
+def test_of_several_runs_those_of_other_settings_are_marked(run, tmp_path):
+    for step, ap in ((10, 0.7), (20, 0.8)):
+        write_result(tmp_path / "other", "coco", {"ap": ap}, step=step, protocol="new")
+        write_result(tmp_path / "other", "shapes", {"recall_at_1": ap}, step=step)
+    [coco, shapes] = suite_tables([str(run), str(tmp_path / "other")])
+    named = ["run step 300", "run step 200, best"]
+    assert [row.name for row in coco.ours] == [*named, "other step 20, best, other settings"]
+    assert [name for name, _ in coco.key] == ["run", "other, other settings"]
+    assert [row.name for row in shapes.ours] == [*named, "other step 20, best"]
+    assert [name for name, _ in shapes.key] == ["run", "other"] and coco.left_out == 0
+
+
+def test_a_run_whose_every_step_failed_shows_what_was_reported(tmp_path, run, capsys):
+    failed = tmp_path / "failed" / "student"
+    (failed / "eval").mkdir(parents=True)
+    told = {"event": "failure", "at": 0.5, "text": "step 10: the checkpoint is damaged"}
+    (failed / "eval" / "alerts.jsonl").write_text(json.dumps(told) + "\n")
+    page = shown(Path(write_report(str(tmp_path / "failed"))))
+    assert "student, failure: step 10: the checkpoint is damaged" in page.text
+    both = [str(run), str(tmp_path / "failed")]
+    assert [alert.run for alert in alerts(both)] == ["failed/student", "run"]
+    assert main(["report", *both, "--out", str(tmp_path / "both.html")]) == 0
+    text = shown(tmp_path / "both.html").text
+    assert "failed/student, failure: step 10" in text and "run, fall: coco.ap fell" in text
+
+
+def test_sets_of_a_suite_stand_beside_what_was_published_of_them(tmp_path):
+    names = [one.name for one in odinw_sets(13)]
+    for step, ap in ((100, 0.25), (200, 0.5), (300, 0.375)):
+        by_set = {name: {"ap": ap + n / 100} for n, name in enumerate(names)}
+        mean = fmean(own["ap"] for own in by_set.values())
+        metrics = {"ap": mean, "ap50": 0.6, "ap_median": 0.123}
+        write_result(tmp_path, "odinw13", metrics, step=step, sets=by_set, task="detection")
+    [table] = suite_tables([str(tmp_path)])
+    assert table.metrics == ["ap", "ap_median", "ap50"] and table.published_metrics == ["ap"]
+    papers = ["GLIP-T(A)", "GLIP-T(B)", "GLIP-T(C)", "GLIP-T", "GLIP-L"]
+    assert [name for name, _ in table.by_set.models] == ["step 200", *papers]
+    of_glip_t = {f.set: f.value for f in published("odinw13") if f.set and f.model == "GLIP-T"}
+    for number, row in enumerate(table.by_set.rows):
+        assert row.name == names[number] and row.cells[0] == f"{0.5 + number / 100:.3f}"
+        assert row.cells[4] == f"{of_glip_t[row.name] / 100:.3f}"
+    page = shown(Path(write_report(str(tmp_path))))
+    assert_self_contained(page)
+    assert "Each set of odinw13" in [e["text"] for e in page.all("summary")]
+    assert [names[3], *table.by_set.rows[3].cells] in rows(page)
+
+
+@pytest.fixture(scope="module")
+def by_task(tmp_path_factory):
+    """Suite -> its table, of a model that was really scored on a suite of each task."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "model-x").mkdir()
+    for name, content in tiny_model(0, heads=True).items():
+        (folder / "model-x" / name).write_bytes(content)
+    own = write_tasks(folder)
+    suites = {
+        "coco": {"set": write_detection(folder / "val"), "masks": True, "limit": 3},
+        "lvis-minival": {"set": own["lvis"], "task": "lvis", "masks": True},
+        "flickr30k": {"set": str(folder / "val"), "task": "phrases", "limit": 3},
+        "refcoco": {"set": own["referring"], "task": "referring"},
+        "phrasecut": {"set": own["referring"], "task": "segmentation"},
+        "vqav2": {"set": own["vqa"], "task": "vqa"},
+        "coco-captions": {"set": own["captioning"], "task": "captioning", "beams": 1},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_map, "map_on_ray", counting_map([]))
+        config = scored_config(folder / "run", suites)
+        evaluate_suites(config, {"model": str(folder / "model-x")})
+    [captions] = (folder / "run" / "eval").glob("*/coco-captions.json")
+    result = json.loads(captions.read_text())
+    result["metrics"] |= {"meteor": 0.25, "spice": 0.125}  # as with java: true
+    captions.write_text(json.dumps(result))
+    return {table.name: table for table in suite_tables([str(folder / "run")])}
+
+
+ASKED_FOR = {
+    "coco": "ap ap50 ap75 mask_ap mask_ap50",
+    "lvis-minival": "ap classic_ap mask_ap",
+    "flickr30k": "recall_at_1 recall_at_5 recall_at_10 merged_recall_at_1 merged_recall_at_5 "
+                 "merged_recall_at_10 phrases",
+    "refcoco": "accuracy expressions",
+    "phrasecut": "mean_iou cumulative_iou precision_at_50 phrases",
+    "vqav2": "accuracy questions",
+    "coco-captions": "cider_d bleu_4 meteor rouge_l spice images",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suite", ASKED_FOR)
+def test_the_figures_that_a_task_is_known_by_are_shown(by_task, suite):
+    table, wanted = by_task[suite], ASKED_FOR[suite].split()
+    assert [name for name in table.metrics if name in wanted] == wanted
+    assert "dropped" not in table.metrics and len(table.metrics) <= 13
+    [row] = table.ours
+    values = dict(zip(table.metrics, row.cells, strict=True))
+    assert "–" not in row.cells
+    if suite == "coco-captions":
+        assert (values["spice"], values["images"]) == ("0.125", "3")
+
+
+def test_of_lvis_the_three_frequencies_are_shown_as_they_were_published(by_task):
+    table = by_task["lvis-minival"]
+    assert table.metrics[1].startswith("ap_")  # as many as have ground truth
+    wanted = ["ap", "ap_rare", "ap_common", "ap_frequent", "mask_ap"]
+    assert table.published_metrics == wanted
+    glip = next(row for row in table.published if row.name == "GLIP-T" and "H.1" in row.source)
+    assert glip.cells == ["0.260", "0.208", "0.214", "0.310", "–"]
+
+
+def test_settings_and_the_cost_of_scoring_are_told(scored, scored_once):
+    [toy, _] = suite_tables([str(scored / "one"), str(scored / "two")])
+    [(_, text)] = toy.settings  # both runs have the same
+    tree = yaml.safe_load(text)
+    assert tree["data"] == {"toy": str(scored_once / "val")} and tree["settings"]["chunk_size"] == 5
+    results = [json.loads(path.read_text()) for path in scored.glob("one/eval/step-*/*.json")]
+    seconds = sum(result["seconds"]["predict"] for result in results)
+    [one, _] = costs([str(scored / "one"), str(scored / "two")])
+    assert (one.name, one.images_scored) == ("one", 2 * SHARDS * IMAGES)
+    assert one.scoring_hours == pytest.approx(seconds / 3600) and seconds > 0
+    page = shown(Path(write_report(str(scored / "one"))))
+    assert ["this run", "–", "–", "–", "24", "under 0.01"] in rows(page)
+    assert "Data and settings of toy" in [e["text"] for e in page.all("summary")]
+
+
+def test_best_found_are_the_images_with_most_right(scored):
+    """Predictions: the truth of three images, of a fourth too much, of the others nothing."""
+    run = scored / "one"
+    truth = {record.key: record for record in iterate_records(str(scored / "val"))}
+    *good, mixed = sorted(truth)[:4]
+    for file in (run / "eval" / "predictions").rglob("*.gz"):
+        tree = json.loads(gzip.decompress(file.read_bytes()))
+        if "labels" not in next(iter(tree["images"].values())):
+            continue
+        for key in tree["images"]:
+            regions = truth[key].regions if key in (*good, mixed) else ()
+            boxes = [list(region.box) for region in regions]
+            labels = [region.category for region in regions]
+            if key == mixed:
+                boxes, labels = [*boxes, [0.0, 0.0, 1.0, 1.0]], [*labels, labels[0]]
+            scores = [0.9] * len(boxes)
+            tree["images"][key] = {"boxes": boxes, "scores": scores, "labels": labels}
+        file.write_bytes(gzip.compress(json.dumps(tree).encode()))
+    [toy, _] = suite_tables([str(run)])
+    *best, last = toy.detail.examples.best
+    counts = [len(truth[own.key].regions) for own in best]
+    assert sorted(own.key for own in best) == good and counts == sorted(counts, reverse=True)
+    for own, count in zip(best, counts, strict=True):
+        assert len(own.picture.marks) == count and not any(m.dashed for m in own.picture.marks)
+        assert own.text.endswith(f": {count} of {count} object{'' if count == 1 else 's'} found.")
+    assert last.key == mixed and [mark.dashed for mark in last.picture.marks].count(True) == 1
+    assert "Best found" in shown(Path(write_report(str(run)))).text
 
 
 def test_runs_are_called_by_what_tells_them_apart():

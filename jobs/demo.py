@@ -87,7 +87,7 @@ def demo_page(grounder: "Grounder", name: str) -> Any:
                 masks = gr.Checkbox(False, label="Masks", visible=has_masks)
                 button = gr.Button("Find", variant="primary")
             with gr.Column():
-                shown = gr.AnnotatedImage(label="Found", height=360)
+                shown = gr.AnnotatedImage(label="Found", height=360, show_legend=False)
                 words = gr.HighlightedText(label="Phrases", show_inline_category=False)
                 table = gr.Dataframe(headers=["phrase", "score", "box"], label="Boxes")
         given, made = [picture, asked, kind, threshold, masks], [shown, words, table]

@@ -1,7 +1,5 @@
-"""glipv2 demo: the page answers as the model does, says what is wrong, and opens in a browser."""
+"""glipv2 demo: the page answers as the model does, says what is wrong, and works in a browser."""
 
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +9,27 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from chromium import Browser, needs_chromium, running  # noqa: E402
 from scored_runs import tiny_model  # noqa: E402
 
 from glipv2.data_prep.toy import toy_record  # noqa: E402
 from glipv2.jobs import demo  # noqa: E402
 from glipv2.jobs.cli import main  # noqa: E402
-from glipv2.jobs.demo import CATEGORIES, TEXT, areas, colours_of, demo_page, highlighted  # noqa: E402
-from glipv2.jobs.ground import load  # noqa: E402
+from glipv2.jobs.demo import (  # noqa: E402
+    CATEGORIES,
+    TEXT,
+    areas,
+    colours_of,
+    demo_page,
+    highlighted,
+    rows,
+)
+from glipv2.jobs.ground import ground, load, read  # noqa: E402
 from glipv2.model.batch import Detection  # noqa: E402
 from glipv2.model.grounder import Grounder  # noqa: E402
 from glipv2.pipeline.errors import ConfigError  # noqa: E402
 
 ASKED = "a red square and a blue circle"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +81,63 @@ def test_a_mistake_is_told_on_the_page(address: str, checkpoint: Path) -> None:
         ask(address, checkpoint, " , ", CATEGORIES, 0.5)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_the_page_opens_in_a_browser_and_loads_nothing_from_elsewhere(
-    address: str, tmp_path: Path
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with running(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+LOWEST = 0.485
+"""Score of the boxes shown: of some twenty, both phrases have one."""
+CELLS = "[data-testid^=cell-]"
+TEXTS = "[...document.querySelectorAll('{}')].map(e => e.innerText.trim())"
+BEHIND = "[...document.querySelectorAll('.token.highlighted')]" \
+         ".map(e => getComputedStyle(e).backgroundColor)"  # fmt: skip
+PAINTED = """Promise.all([...document.querySelectorAll('img.mask')].map(async image => {
+    await image.decode();
+    const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
+    const context = canvas.getContext("2d");
+    context.drawImage(image, 0, 0);
+    const rgba = context.getImageData(0, 0, canvas.width, canvas.height).data;
+    return rgba.filter((value, n) => n % 4 == 3 && value > 0).length;
+}))"""
+"""Pixels that each annotation covers."""
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "masks"), [(1280, False), (390, True)])
+def test_a_picture_and_a_text_give_boxes_masks_and_coloured_phrases(
+    browser: Browser, address: str, checkpoint: Path, width: int, masks: bool
 ) -> None:
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-               "--virtual-time-budget=20000", f"--user-data-dir={tmp_path}", address]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    for said in ("Grounding with GLIPv2", TEXT, CATEGORIES, "Lowest score", "Find"):
-        assert said in done.stdout, done.stdout[-2000:]
+    picture = checkpoint.parent / "toy.jpg"
+    [expected] = ground(load(str(checkpoint)), [read(str(picture))], text=ASKED, categories=None,
+                        threshold=LOWEST, masks=masks)  # fmt: skip
+    assert set(expected.phrases) == {"red square", "blue circle"}
+    page = browser.open(address, width)
+    page.wait("document.querySelectorAll('input[type=file], textarea').length > 1")
+    page.give_file("input[type=file]", picture)
+    page.wait("[...document.images].some(i => i.src.endsWith('toy.jpg') && i.naturalWidth)")
+    page.type_over("textarea", ASKED)
+    page.type_over("input[type=number]", str(LOWEST))
+    page.value("document.activeElement.blur()")
+    if masks:
+        page.click("input[type=checkbox]")
+    page.click("button.primary")
+    page.wait(f"document.querySelectorAll('{CELLS}').length > 3")
+    phrases = page.value(TEXTS.format(".token.highlighted"))
+    assert phrases == ["red square", "blue circle"]
+    for phrase, shown in zip(phrases, page.value(BEHIND), strict=True):
+        red, green, blue = bytes.fromhex(colours_of(expected)[phrase][1:])
+        assert shown.startswith(f"rgba({red}, {green}, {blue}, ")
+    cells = [str(cell) for row in rows(expected) for cell in row]
+    assert page.value(TEXTS.format(CELLS))[:6] == cells[:6]
+    shapes = [shape for shape, _ in areas(expected)]
+    sizes = [s.sum() if masks else (s[2] - s[0]) * (s[3] - s[1]) for s in shapes]
+    assert page.value(PAINTED) == [int(size) for size in sizes]
+    assert page.value("document.documentElement.scrollWidth") <= width
+    assert page.errors == [] and len(page.requests) > 10
+    assert [url for url in page.requests if not url.startswith(address)] == []
+    page.close()
 
 
 def found(phrases: list[str], masks: bool = False) -> Detection:

@@ -36,7 +36,7 @@ from glipv2.model.batch import Detection
 from glipv2.model.grounder import Grounder
 from glipv2.model.image_input import ImageInput, Images, Picture, read_image
 from glipv2.model.prompts import Caption
-from glipv2.pipeline import ray_map
+from glipv2.pipeline import worker_notes
 from glipv2.pipeline.config import LabelConfig, PhraseConfig, PrepareConfig, RunConfig
 from glipv2.pipeline.images import decode_image
 from glipv2.pipeline.record_json import parse_record
@@ -236,7 +236,9 @@ class InstantWorker(label._Worker):
     ) -> None:
         self.pairs, self.out, self.stamp = open_shard_set(pairs_url), out, stamp
         find = load_parser(PhraseConfig())
-        self.labeller = ShardLabeller(self.pairs, Instant(), find, settings, stamp, ray_map.note)
+        self.labeller = ShardLabeller(
+            self.pairs, Instant(), find, settings, stamp, worker_notes.note
+        )
 
 
 def small_pairs(url: str, shards: int) -> None:

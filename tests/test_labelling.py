@@ -289,3 +289,15 @@ def test_windows_are_read_while_the_teacher_works(pairs: ShardSet) -> None:
 
     labeller = ShardLabeller(pairs, Slow(), load_parser(PhraseConfig()), SETTINGS, STAMP)  # type: ignore[arg-type]
     assert len(list(labeller.records(ShardTask(number=0), Tally()))) > 10
+
+
+def test_boxes_that_are_no_numbers_are_counted(pairs: ShardSet) -> None:
+    class Broken(Teacher):
+        def ground(self, *arguments: object, **named: object) -> list[Detection]:
+            found = super().ground(*arguments, **named)  # type: ignore[arg-type]
+            found[0].boxes_K4[0, 1] = torch.nan
+            return found
+
+    records, tally, teacher, _ = labelled(pairs, Broken())
+    assert tally.counts["box_not_finite"] == len(teacher.asked) > 0
+    assert len(records) < len(labelled(pairs)[0])

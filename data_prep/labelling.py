@@ -173,7 +173,7 @@ class ShardLabeller:
             yield from self._ground(window, tally)
             _check_failures(task, tally)
 
-    def _tell(self, **changes: int) -> None:
+    def _tell(self, **changes: Any) -> None:
         """Note what is in hand now. The teacher and who reads ahead do; the last is the newest."""
         with self.one_note:
             self.in_hand = replace(self.in_hand, **changes)

@@ -18,9 +18,9 @@ from glipv2.data_prep.source import Row
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import CleanConfig
 from glipv2.pipeline.errors import BadSample, ConfigError, DataError
-from glipv2.pipeline.ray_map import noting
 from glipv2.pipeline.records import Record
 from glipv2.pipeline.shards import open_shard_set, parse_record, read_raw
+from glipv2.pipeline.worker_notes import noting
 
 SURE = 0.9
 """Probability from which a caption's language is believed."""

@@ -4,20 +4,24 @@ Windows of pairs are read and decoded in threads ahead of the teacher, which get
 text length so that its batches need little padding; the results have the input's order again.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from glipv2.data_prep.phrase_filters import Phrase, PhrasesFound
-from glipv2.data_prep.pseudo_labels import select_regions
+from glipv2.data_prep.pseudo_labels import finite, select_regions
 from glipv2.data_prep.teachers import Teacher
 from glipv2.model.batch import Detection
 from glipv2.model.image_input import Picture
 from glipv2.pipeline.ahead import one_ahead
 from glipv2.pipeline.config import LabelConfig
-from glipv2.pipeline.errors import BadSample
+from glipv2.pipeline.errors import BadSample, DataError, UserError
 from glipv2.pipeline.images import decode_image
 from glipv2.pipeline.record_json import parse_record
 from glipv2.pipeline.records import Record, Region
@@ -26,6 +30,11 @@ from glipv2.pipeline.shard_reader import raw_samples
 
 KILLED = "killed_worker"
 """Reason of a pair that workers died on."""
+FAILED = "teacher_failed"
+"""Reason of a pair that the teacher can't answer, even alone."""
+MAX_FAILED, MAX_FAILED_SHARE = 8, 0.1
+"""Pairs of a shard that a teacher may fail on: so few, or so small a share of those it was asked
+about. With more the fault is the teacher's."""
 READ_AT_ONCE = 32
 """Pairs that are read and noted together."""
 MAX_WINDOW_BYTES = 1 << 29
@@ -50,6 +59,21 @@ class ShardTask:
         return f"shard {self.number}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class InHand:
+    """What a worker notes: where it is in its shard, and what it has made of it so far."""
+
+    shard: int
+    first: int = 0
+    last: int = 0
+    """Positions [first, last) are worked on."""
+    alone: bool = False
+    """Whether that is one pair that is tried by itself, since a worker died."""
+    pairs: int = 0
+    images: int = 0
+    boxes: int = 0
+
+
 def after_kill(task: ShardTask, kills: int, last_note: Any) -> ShardTask | None:
     """What to do about a shard whose worker died: find the pair, leave it out, or give up.
 
@@ -58,12 +82,12 @@ def after_kill(task: ShardTask, kills: int, last_note: Any) -> ShardTask | None:
     """
     if kills - len(task.skip) > MAX_UNEXPLAINED:
         return None
-    if last_note is None:
-        return task
-    alone, first, last = last_note
-    if alone:
-        return replace(task, skip=(*task.skip, first), suspects=(last, task.suspects[1]))
-    return replace(task, suspects=(first, last))
+    match last_note:
+        case InHand(shard=task.number, first=first, last=last, alone=True):
+            return replace(task, skip=(*task.skip, first), suspects=(last, task.suspects[1]))
+        case InHand(shard=task.number, first=first, last=last):
+            return replace(task, suspects=(first, last))
+    return task
 
 
 @dataclass(kw_only=True)
@@ -75,6 +99,16 @@ class Tally:
     """(key, reason, detail) of pairs that can't be used."""
     best_score: float = 0.0
     """Highest of all boxes, kept or not, as finely as labels are stored; 0 without any."""
+
+    def leave_out(self, key: str, why: BadSample) -> None:
+        self.counts[why.reason] += 1
+        self.bad.append((key, why.reason, why.detail))
+
+    @property
+    def asked(self) -> int:
+        """Pairs that the teacher had to answer, or failed to."""
+        unusable = len(self.bad) - self.counts[FAILED]
+        return self.counts["pairs"] - self.counts["no_phrase"] - unusable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,20 +153,31 @@ class ShardLabeller:
         find_phrases: Callable[[str], PhrasesFound],
         settings: LabelConfig,
         stamp: dict[str, str],
-        note: Callable[[tuple[bool, int, int]], None] = lambda _: None,
+        note: Callable[[InHand], None] = lambda _: None,
     ) -> None:
-        """`stamp` goes into every record's provenance; `note` hears (alone, first, last) of the
-        positions that are worked on next."""
+        """`stamp` goes into every record's provenance; `note` hears what is worked on next."""
         self.pairs, self.teacher, self.find_phrases = pairs, teacher, find_phrases
         self.settings, self.stamp, self.note = settings, stamp, note
-        self.in_hand = 0
+        self.in_hand = InHand(shard=-1)
+        self.one_note = threading.Lock()
 
     def records(self, task: ShardTask, tally: Tally) -> Iterator[Record]:
-        """The labelled pairs of a shard in their order; those without a box as the settings say."""
+        """The labelled pairs of a shard in their order; those without a box as the settings say.
+
+        DataError where the teacher fails on so many that the fault is its own.
+        """
+        self.in_hand = InHand(shard=task.number)
         self._try_suspects(task)
         for window in one_ahead(self._windows(task)):
-            self.in_hand = window.first
+            self._tell(first=window.first, **_done(tally))
             yield from self._ground(window, tally)
+            _check_failures(task, tally)
+
+    def _tell(self, **changes: Any) -> None:
+        """Note what is in hand now. The teacher and who reads ahead do; the last is the newest."""
+        with self.one_note:
+            self.in_hand = replace(self.in_hand, **changes)
+            self.note(self.in_hand)
 
     def _try_suspects(self, task: ShardTask) -> None:
         """Do everything to each of them that could kill, and forget the result."""
@@ -140,11 +185,12 @@ class ShardLabeller:
         for position in range(first, last):
             if position in task.skip:
                 continue
-            self.note((True, position, position + 1))
+            self._tell(first=position, last=position + 1, alone=True)
             for raw in raw_samples(self.pairs, task.number, position, position + 1):
                 pair = self._prepare(raw)
                 if isinstance(pair, _Pair):
-                    self.teacher.ground([pair.picture], [pair.prompt], batch_size=1)
+                    list(self._answers([pair]))
+        self.in_hand = InHand(shard=task.number)
 
     def _windows(self, task: ShardTask) -> Iterator[_Window]:
         """Up to `settings.window` pairs each, fewer where their pictures would fill the memory."""
@@ -156,7 +202,7 @@ class ShardLabeller:
                 pairs: list[_Pair | _Unusable] = []
                 while last < end and len(pairs) < self.settings.window and _room(pairs):
                     start, last = last, min(last + READ_AT_ONCE, first + self.settings.window, end)
-                    self.note((False, self.in_hand, last))  # these, and the teacher's
+                    self._tell(last=last)  # these, and the teacher's
                     raws = raw_samples(self.pairs, task.number, start, last)
                     skipped = [position in task.skip for position in range(start, last)]
                     pairs += threads.map(self._prepare, raws, skipped)
@@ -169,31 +215,37 @@ class ShardLabeller:
                 raise BadSample(KILLED, "two workers died on it")
             record = parse_record(raw)
             image_3HW = decode_image(record.image)
+            picture = self._picture(image_3HW)
         except BadSample as error:
             return _Unusable(key=raw.key, error=error)
-        return _Pair(
-            record=record,
-            picture=self.teacher.prepare(image_3HW),
-            found=self.find_phrases(record.caption),
-        )
+        return _Pair(record=record, picture=picture, found=self.find_phrases(record.caption))
+
+    def _picture(self, image_3HW: Tensor) -> Picture:
+        try:
+            return self.teacher.prepare(image_3HW)
+        except UserError:
+            raise
+        except Exception as error:
+            raise _failure(error) from error
 
     def _ground(self, window: _Window, tally: Tally) -> Iterator[Record]:
         asked = [pair for pair in window.pairs if isinstance(pair, _Pair) and pair.phrases]
         asked.sort(key=lambda pair: len(pair.record.caption))
-        detections = self.teacher.ground(
-            [pair.picture for pair in asked],
-            [pair.prompt for pair in asked],
-            batch_size=self.settings.batch_size,
-        )
-        found = {pair.record.key: d for pair, d in zip(asked, detections, strict=True)}
+        found = {
+            pair.record.key: answer
+            for pair, answer in zip(asked, self._answers(asked), strict=True)
+        }
         for pair in window.pairs:
             tally.counts["pairs"] += 1
             if isinstance(pair, _Unusable):
-                tally.counts[pair.error.reason] += 1
-                tally.bad.append((pair.key, pair.error.reason, pair.error.detail))
+                tally.leave_out(pair.key, pair.error)
+                continue
+            answer = found.get(pair.record.key)
+            if isinstance(answer, BadSample):
+                tally.leave_out(pair.record.key, answer)
                 continue
             tally.counts.update({f"phrase_{why}": n for why, n in pair.found.dropped.items()})
-            regions = self._regions(pair, found.get(pair.record.key), tally)
+            regions = self._regions(pair, answer, tally)
             if regions or self.settings.keep_empty:
                 tally.counts["images"] += 1
                 yield replace(
@@ -203,6 +255,34 @@ class ShardLabeller:
                     provenance={**pair.record.provenance, **self.stamp},
                 )
 
+    def _answers(self, pairs: Sequence[_Pair]) -> Iterator[Detection | BadSample]:
+        """The teacher's, in order: of what it fails on each half by itself, down to single pairs.
+
+        An error that leaves the device unusable is as good as the worker's death.
+        """
+        if not pairs:
+            return
+        try:
+            yield from self.teacher.ground(
+                [pair.picture for pair in pairs],
+                [pair.prompt for pair in pairs],
+                batch_size=self.settings.batch_size,
+            )
+            return
+        except UserError:
+            raise
+        except torch.AcceleratorError as error:
+            raise SystemExit(f"the device can't be used any more: {error}") from error
+        except Exception as error:
+            failure = _failure(error)
+        # out here nothing holds the failed batch's memory
+        if len(pairs) == 1:
+            yield failure
+            return
+        half = len(pairs) // 2
+        yield from self._answers(pairs[:half])
+        yield from self._answers(pairs[half:])
+
     def _regions(
         self, pair: _Pair, detection: Detection | None, tally: Tally
     ) -> tuple[Region, ...]:
@@ -210,7 +290,10 @@ class ShardLabeller:
             tally.counts["no_phrase"] += 1
             return ()
         tally.counts["phrases"] += len(pair.phrases)
-        scores_K = detection.scores_K[detection.scores_K.isfinite()]
+        finite_K = finite(detection)
+        if lost := int((~finite_K).sum()):
+            tally.counts["box_not_finite"] += lost
+        scores_K = detection.scores_K[finite_K]
         if len(scores_K):
             tally.best_score = max(tally.best_score, round(float(scores_K.max()), 4))
         regions = select_regions(
@@ -223,3 +306,25 @@ class ShardLabeller:
         tally.counts["boxes"] += len(regions)
         tally.counts["no_box"] += not regions
         return regions
+
+
+def _done(tally: Tally) -> dict[str, int]:
+    return {name: tally.counts[name] for name in ("pairs", "images", "boxes")}
+
+
+def _failure(error: Exception) -> BadSample:
+    lines = str(error).strip().splitlines()
+    return BadSample(FAILED, f"{type(error).__name__}: {lines[0] if lines else ''}")
+
+
+def _check_failures(task: ShardTask, tally: Tally) -> None:
+    """DataError once a shard's teacher fails too often for the pairs to be the cause."""
+    failed, asked = tally.counts[FAILED], tally.asked
+    if failed <= 1 or (failed < asked and failed <= max(MAX_FAILED, MAX_FAILED_SHARE * asked)):
+        return
+    last = next(detail for _, reason, detail in reversed(tally.bad) if reason == FAILED)
+    raise DataError(
+        f"{task}: the teacher failed on {failed} of {asked} pairs, each tried alone, the last time "
+        f"with {last}; nothing of the shard is kept. Look at label.teacher and label.precision, or "
+        "give it more memory, and run again"
+    )

@@ -3,11 +3,20 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from glipv2.data_prep.noun_phrases import Phrase
 from glipv2.model.batch import Detection
 from glipv2.model.boxes import suppress
 from glipv2.pipeline.records import Region
+
+SUREST = 0.9999
+"""Highest score of a label: 1 is the score of what people drew."""
+
+
+def finite(detection: Detection) -> Tensor:
+    """(K,) which boxes are numbers."""
+    return torch.isfinite(detection.scores_K) & torch.isfinite(detection.boxes_K4).all(dim=1)
 
 
 def select_regions(
@@ -24,8 +33,7 @@ def select_regions(
     overlap by more than `cross_phrase_nms` only the best stays, whatever their phrases: one object
     is named once (1 keeps all, as GLIP does; glip_facts F).
     """
-    finite = torch.isfinite(detection.scores_K) & torch.isfinite(detection.boxes_K4).all(dim=1)
-    kept = torch.nonzero(finite & (detection.scores_K >= score_threshold)).flatten()
+    kept = torch.nonzero(finite(detection) & (detection.scores_K >= score_threshold)).flatten()
     boxes_K4, scores_K = detection.boxes_K4[kept].float(), detection.scores_K[kept].float()
     best_first = (
         suppress(boxes_K4, scores_K, torch.zeros_like(kept), cross_phrase_nms)
@@ -43,7 +51,7 @@ def select_regions(
                 box=(x0, y0, x1, y1),
                 spans=((phrase.start, phrase.end),),
                 phrase=phrase.text,
-                score=round(scores_K[index].item(), 4),
+                score=min(round(scores_K[index].item(), 4), SUREST),
             )
         )
     return tuple(regions)

@@ -14,10 +14,10 @@ from glipv2.data_prep.webdataset import Member, list_tars, tar_record, tar_rows
 from glipv2.data_prep.writing import note_dropped
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import BadSample, DataError
-from glipv2.pipeline.ray_map import noting
 from glipv2.pipeline.record_json import record_members
 from glipv2.pipeline.shard_format import NAME, TAR_BLOCK, ShardInfo, padded
 from glipv2.pipeline.shards import commit_in_place, committed_shard
+from glipv2.pipeline.worker_notes import noting
 
 
 def tars_to_index(root: str) -> list[tuple[str, int]]:

@@ -16,9 +16,9 @@ from glipv2.data_prep.reasons import Dropped, Note
 from glipv2.data_prep.source import Row, Source
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import BadSample
-from glipv2.pipeline.ray_map import noting
 from glipv2.pipeline.records import Record
 from glipv2.pipeline.shards import ShardInfo, shard_name, write_shard
+from glipv2.pipeline.worker_notes import noting
 
 LOOKS = "looks"
 """Folder of what duplicates are found by, while a set is being made."""

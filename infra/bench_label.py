@@ -30,13 +30,13 @@ from glipv2.data_prep.labelling import ShardLabeller, ShardTask
 from glipv2.data_prep.phrases import load_parser
 from glipv2.data_prep.toy import toy_records
 from glipv2.jobs import label
-from glipv2.jobs.label_plan import Plan
+from glipv2.jobs.label_plan import Plan, stamp_of, what_decides
 from glipv2.jobs.prepare import prepare_set
 from glipv2.model.batch import Detection
 from glipv2.model.grounder import Grounder
 from glipv2.model.image_input import ImageInput, Images, Picture, read_image
 from glipv2.model.prompts import Caption
-from glipv2.pipeline import ray_map
+from glipv2.pipeline import worker_notes
 from glipv2.pipeline.config import LabelConfig, PhraseConfig, PrepareConfig, RunConfig
 from glipv2.pipeline.images import decode_image
 from glipv2.pipeline.record_json import parse_record
@@ -113,8 +113,9 @@ def pool_rates(pairs: ShardSet, settings: LabelConfig, out: str) -> tuple[float,
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     tasks = [ShardTask(number=number) for number in range(len(pairs.shards))]
     ends: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    stamp = stamp_of(what_decides(settings))
     with mock.patch.object(label, "_Worker", TimedWorker):
-        for _, info in label.label_on_ray(settings, pairs, tasks, out, STAMP):
+        for _, info in label.label_on_ray(settings, pairs, tasks, out, stamp):
             ends[info.stats["worker"]].append((info.stats["wall_s"], info.stats["cpu_s"]))
     ray.shutdown()
     first, last = (np.array([own[which] for own in ends.values()]) for which in (0, -1))
@@ -182,7 +183,7 @@ class BareLoop:
 def bench_overhead(pairs: ShardSet, settings: LabelConfig, folder: str) -> None:
     """Processor time of one worker in this process: reading, phrases, choosing boxes, writing."""
     numbers = range(OVERHEAD_SHARDS)
-    worker = label._Worker(pairs.url, settings, None, STAMP)
+    worker = label._Worker(pairs.url, settings, None, {})
     bare = BareLoop(pairs, settings, numbers)
     pictures = [bare.grounder.prepare(decode_image(image)) for image, _ in bare.asked]
     captions = [caption for _, caption in bare.asked]
@@ -236,7 +237,9 @@ class InstantWorker(label._Worker):
     ) -> None:
         self.pairs, self.out, self.stamp = open_shard_set(pairs_url), out, stamp
         find = load_parser(PhraseConfig())
-        self.labeller = ShardLabeller(self.pairs, Instant(), find, settings, stamp, ray_map.note)
+        self.labeller = ShardLabeller(
+            self.pairs, Instant(), find, settings, stamp, worker_notes.note
+        )
 
 
 def small_pairs(url: str, shards: int) -> None:

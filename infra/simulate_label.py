@@ -31,7 +31,7 @@ from glipv2.jobs.label import label_set
 from glipv2.jobs.label_plan import Plan
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import LabelConfig, RunConfig
-from glipv2.pipeline.errors import PoisonItemError
+from glipv2.pipeline.errors import MachinesLostError
 from glipv2.pipeline.shard_format import MANIFEST, ShardInfo, shard_name, shard_url
 from glipv2.pipeline.shards import commit_in_place, committed_shard, write_manifest
 
@@ -49,8 +49,6 @@ class Setting:
     """Workers that are asked for at once: the first number of label.num_actors."""
     rate: float = 200.0
     """Pairs a second of one teacher."""
-    rate_alone: float = 50.0
-    """The same when it gets them one by one, after a death."""
     spread: float = 0.1
     """Standard deviation of the logarithm of a shard's time."""
     start_s: float = 60.0
@@ -89,7 +87,7 @@ class Outcome:
     setting: Setting
     makespan_s: float
     spent_s: dict[str, float]
-    """GPU seconds: teacher and commit (of what was committed), alone, lost, starting."""
+    """GPU seconds: teacher and commit (of what was committed), lost, starting."""
     deaths: int
     """Of workers, with their machines."""
     runs: int
@@ -132,7 +130,6 @@ class SimulatedLabelling:
 
     def seconds(self, task: ShardTask) -> dict[str, float]:
         return {
-            "alone": len(_suspects(task)) / self.setting.rate_alone,
             "teacher": self.teacher_s[task.number],
             "commit": self.setting.commit_s,
         }
@@ -148,21 +145,6 @@ class SimulatedLabelling:
         done = commit_in_place(out, name, [0] * samples, stats)  # type: ignore[list-item]
         self.cpu_s += time.process_time() - start
         return done
-
-    def last_note(self, task: ShardTask, seconds: float) -> tuple[bool, int, int]:
-        """What is in hand: one suspect, or the teacher's window and the next."""
-        parts, samples = self.seconds(task), self.setting.samples
-        if seconds < parts["alone"]:
-            position = _suspects(task)[int(seconds * self.setting.rate_alone)]
-            return True, position, position + 1
-        done = int((seconds - parts["alone"]) / parts["teacher"] * samples)
-        window = LabelConfig().window
-        first = min(done, samples - 1) // window * window
-        return False, first, min(first + 2 * window, samples)
-
-
-def _suspects(task: ShardTask) -> list[int]:
-    return [position for position in range(*task.suspects) if position not in task.skip]
 
 
 def shard_stats(
@@ -259,7 +241,7 @@ def run_until_through(
             try:
                 label_set(plan, source, out)
                 return runs
-            except (DriverKilled, PoisonItemError):
+            except (DriverKilled, MachinesLostError):
                 cluster.pass_time(setting.driver_back_s + setting.going_on_s * len(work.commits))
 
 
@@ -291,7 +273,7 @@ def main() -> None:
 
 
 def show(name: str, outcome: Outcome) -> None:
-    kinds = ("teacher", "commit", "lost", "alone", "starting")
+    kinds = ("teacher", "commit", "lost", "starting")
     shares = "  ".join(f"{kind} {outcome.share(kind):.2%}" for kind in kinds)
     before, peak = outcome.memory_mib
     note(name, f"{outcome.makespan_s / 60:9.1f} min   {outcome.efficiency:6.3f} of the ideal")

@@ -32,10 +32,6 @@ class Work(Protocol):
 
     def result(self, make_worker: Any, item: Any) -> Any: ...
 
-    def last_note(self, item: Any, seconds: float) -> Any:
-        """Of a worker that dies after so many seconds of an item's work."""
-        ...
-
 
 class DriverKilled(BaseException):
     """No Exception, so that nothing handles it."""
@@ -43,6 +39,25 @@ class DriverKilled(BaseException):
 
 class ActorDied(Exception):
     pass
+
+
+class NeverRaised(Exception):
+    """In place of what Ray raises of deaths that don't happen here."""
+
+
+class Unheard:
+    """In place of `worker_notes.Notes`: whoever dies here does it with its machine."""
+
+    actor = None
+
+    def last(self, _worker: int) -> None:
+        return None
+
+    def all(self) -> list[Any]:
+        return []
+
+    def end(self) -> None:
+        pass
 
 
 @dataclass(eq=False)
@@ -77,9 +92,15 @@ class Machine:
     """Has room for one worker."""
 
     def __init__(self, name: str) -> None:
+        self.name, self.lent = name, 0
         self.rng = random.Random(name)
         self.up = False
         self.actor: Actor | None = None
+
+    @property
+    def node(self) -> str:
+        """Another one whenever it was replaced."""
+        return f"{self.name}/{self.lent}"
 
 
 class Actor:
@@ -87,10 +108,12 @@ class Actor:
 
     def __init__(self, cluster: "Cluster", make_worker: Any, number: int, _notes: Any) -> None:
         self.cluster, self.make_worker, self.number = cluster, make_worker, number
-        self.machine: Machine | None = None
+        self.on: Machine | None = None
         self.job: Job | None = None
         self.dead = False
+        self.node = Ref()
         self.start, self.work = Method(self._start), Method(self._work)
+        self.machine = Method(lambda: self.node)
 
     def _start(self) -> Ref:
         self.job = Job(None, {"starting": self.cluster.work.start_s})
@@ -121,7 +144,7 @@ class Actor:
 
     def stop(self) -> None:
         """Its machine is gone, or the driver wants no more of it."""
-        job, machine = self.job, self.machine
+        job, machine = self.job, self.on
         if job is not None and machine is not None:
             kind = "starting" if job.item is None else "lost"
             self.cluster.spent_s[kind] += self.cluster.now - job.began
@@ -129,7 +152,7 @@ class Actor:
             machine.actor = None
         elif not self.dead:
             self.cluster.waiting.remove(self)
-        self.job, self.machine, self.dead = None, None, True
+        self.job, self.on, self.dead = None, None, True
         self.cluster.place()
 
 
@@ -154,7 +177,6 @@ class Cluster:
         self.deaths = 0
         """Of workers."""
         self.waiting: deque[Actor] = deque()
-        self.notes: dict[int, Any] = {}
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.scheduled = 0
         self.machines = [Machine(f"{seed}/{number}") for number in range(machines)]
@@ -165,15 +187,22 @@ class Cluster:
     def installed(self) -> Iterator[None]:
         """In the place of Ray."""
         ray = SimpleNamespace(
-            exceptions=SimpleNamespace(RayActorError=ActorDied, RayTaskError=()),
+            exceptions=SimpleNamespace(
+                RayActorError=ActorDied,
+                RayTaskError=(),
+                ActorUnavailableError=NeverRaised,
+                OutOfMemoryError=NeverRaised,
+                NodeDiedError=NeverRaised,
+                LocalRayletDiedError=NeverRaised,
+            ),
+            nodes=lambda: [{"NodeID": m.node, "Alive": m.up} for m in self.machines],
+            get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "the driver's"),
             is_initialized=lambda: True,
             cluster_resources=lambda: {"CPU": len(self.machines), "GPU": len(self.machines)},
             wait=self.wait,
             get=_get,
             kill=lambda actor: actor.stop(),
         )
-        last = Method(lambda number: Ref().end(self.notes.get(number)))
-        notes = SimpleNamespace(last=last, stop=lambda: None)
         actors = SimpleNamespace(remote=partial(Actor, self))
         real = sys.modules.get("ray")
         sys.modules["ray"] = ray  # type: ignore[assignment]
@@ -181,7 +210,7 @@ class Cluster:
             with (
                 mock.patch.dict(os.environ, {"RAY_ADDRESS": "simulated"}),
                 mock.patch.object(ray_map, "_actor_class", lambda gpus, cpus: actors),
-                mock.patch.object(ray_map, "_notes_actor", lambda: notes),
+                mock.patch.object(ray_map, "Notes", Unheard),
             ):
                 yield
         finally:
@@ -190,10 +219,10 @@ class Cluster:
                 sys.modules["ray"] = real
 
     def wait(
-        self, refs: Sequence[Ref], num_returns: int, timeout: float | None
+        self, refs: Sequence[Ref], num_returns: int = 1, timeout: float | None = None
     ) -> tuple[list[Ref], list[Ref]]:
-        """Without end whatever `timeout` says: nobody here watches."""
-        while not (done := [ref for ref in refs if ref.done]):
+        """With any timeout but 0 without end: nobody here watches."""
+        while not (done := [ref for ref in refs if ref.done]) and timeout != 0:
             if self.events[0][0] > self.driver_dies_s:
                 self.now, self.driver_dies_s = self.driver_dies_s, math.inf
                 raise DriverKilled
@@ -216,7 +245,8 @@ class Cluster:
         for machine in self.machines:
             if self.waiting and machine.up and machine.actor is None:
                 actor = self.waiting.popleft()
-                machine.actor, actor.machine = actor, machine
+                machine.actor, actor.on = actor, machine
+                actor.node.end(machine.node)
                 actor.begin()
 
     def _next_event(self) -> None:
@@ -224,7 +254,7 @@ class Cluster:
         happen()
 
     def _lend(self, machine: Machine) -> None:
-        machine.up = True
+        machine.up, machine.lent = True, machine.lent + 1
         if self.failures_per_s:
             lent_s = machine.rng.expovariate(self.failures_per_s)
             self.after(lent_s, partial(self._fail, machine))
@@ -240,9 +270,6 @@ class Cluster:
         job = actor.job
         actor.stop()
         if job is not None:
-            if job.item is not None:
-                note = self.work.last_note(job.item, self.now - job.began)
-                self.notes[actor.number] = note
             job.ref.end(error=ActorDied())
 
 

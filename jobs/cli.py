@@ -206,6 +206,7 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
 def _guarded(parsed: argparse.Namespace) -> int:
     from glipv2.pipeline.errors import (
         DISK_FULL,
+        MachinesLostError,
         PreemptedError,
         RankFailedError,
         StoreError,
@@ -216,7 +217,7 @@ def _guarded(parsed: argparse.Namespace) -> int:
     module = importlib.import_module(f"glipv2.jobs.{parsed.command}")
     try:
         return int(module.run(parsed))
-    except (StoreError, RankFailedError) as error:
+    except (StoreError, RankFailedError, MachinesLostError) as error:
         print(f"glipv2 {parsed.command}: {error}", file=sys.stderr)  # noqa: T201
         return CAN_BE_RUN_AGAIN
     except PreemptedError as error:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage, use_cluster
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import LabelConfig, RunConfig
-from glipv2.pipeline.errors import BadSample
+from glipv2.pipeline.errors import BadSample, ConfigError, MachinesLostError, PoisonItemError
 from glipv2.pipeline.lease import exclusive
+from glipv2.pipeline.progress import say
 from glipv2.pipeline.quarantine import quarantine_line
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from glipv2.jobs.label_plan import Plan
     from glipv2.pipeline.records import Record
     from glipv2.pipeline.shard_format import ShardInfo, ShardSet
+    from glipv2.pipeline.worker_notes import Watch
 
 log = logging.getLogger(__name__)
 
@@ -63,22 +66,33 @@ def run(arguments: argparse.Namespace) -> int:
 def label(config: RunConfig) -> str:
     """Label every set of `label.inputs` with the teacher; finished shards are never redone.
 
-    Returns what became of each set, to be shown.
+    Returns what became of each set, to be shown. A set of which shards were given up is an error,
+    once all others are done.
     """
     from glipv2.jobs.label_plan import make_plan
 
     folder, unusable, said = storage.join(config.run_dir, "labels"), list[bytes](), list[str]()
     listed = storage.join(folder, "quarantine.jsonl")
+    given_up = list[PoisonItemError | MachinesLostError]()
     with exclusive(folder):
         plan = make_plan(config)
         for source, target in plan.settings.inputs.items():
-            shards, closing_lines = label_set(plan, source, config.set_url(target))
+            try:
+                shards, closing_lines = label_set(plan, source, config.set_url(target))
+            except (PoisonItemError, MachinesLostError) as error:
+                given_up.append(type(error)(f"{source}: {error}"))
+                continue
             said.append(closing_lines)
             for shard in shards:
                 unusable += _quarantined(source, shard)
             storage.write_bytes(listed, b"".join(unusable))
     if unusable:
         log.warning("%d pairs can't be used; they are listed in %s", len(unusable), listed)
+    if given_up:
+        for lines in said:
+            say(lines)
+        # what needs its user comes before what can be run again as it is
+        raise min(given_up, key=lambda error: isinstance(error, MachinesLostError))
     return "\n".join(said)
 
 
@@ -96,7 +110,8 @@ def label_set(plan: "Plan", source: str, out: str) -> "tuple[list[ShardInfo], st
     pairs = open_shard_set(plan.config.set_url(source))
     claim(plan, pairs, out)
     shards = list(committed(out, (shard.name for shard in pairs.shards)))
-    killers = Killers(storage.join(plan.config.run_dir, "labels", "killers.json"), source)
+    known = storage.join(plan.config.run_dir, "labels", "killers.json")
+    killers = Killers(known, pairs.digest)
     todo = [
         ShardTask(number=number, skip=killers.of(number))
         for number, done in enumerate(shards)
@@ -107,10 +122,12 @@ def label_set(plan: "Plan", source: str, out: str) -> "tuple[list[ShardInfo], st
         check_made_so(plan, out, shard)
     workers = min(len(todo), plan.settings.num_actors[1])
     with closing(Shown(source, pairs.samples, done, workers)) as shown:
-        for task, shard in label_on_ray(plan.settings, pairs, todo, out, plan.stamp, killers):
+        for task, shard in label_on_ray(
+            plan.settings, pairs, todo, out, plan.stamp, killers, shown.watch
+        ):
             check_made_so(plan, out, shard)
             shards[task.number] = shard
-            shown.update(shard)
+            shown.update(task.number, shard)
     finished = [shard for shard in shards if shard is not None]
     counts = dict(shown.totals.counts)
     info = {"source": source, "input": pairs.digest, **plan.stamp, "counts": counts}
@@ -120,18 +137,19 @@ def label_set(plan: "Plan", source: str, out: str) -> "tuple[list[ShardInfo], st
     return finished, shown.closing_lines(out)
 
 
-def label_on_ray(
+def label_on_ray(  # noqa: PLR0913 (each may be left out)
     settings: LabelConfig,
     pairs: "ShardSet",
     tasks: "Iterable[ShardTask]",
     out: str | None = None,
     stamp: dict[str, str] | None = None,
     killers: "Killers | None" = None,
+    watch: "Watch | None" = None,
 ) -> "Iterator[tuple[ShardTask, Any]]":
     """Label shards on the workers that the settings ask for, in the order they finish.
 
     With `out` each is committed there and its ShardInfo returned; without, its records, of which
-    the image bytes are left out.
+    the image bytes are left out. `watch` hears how far the workers are (`labelling.InHand`).
     """
     from glipv2.pipeline.ray_map import map_on_ray
 
@@ -144,25 +162,48 @@ def label_on_ray(
         gpus_per_actor=settings.gpus_per_actor,
         cpus_per_actor=settings.cpus_per_actor,
         after_kill=(killers or Killers()).after_kill,
+        watch=watch,
     )
 
 
 def open_labeller(
     pairs: "ShardSet", settings: LabelConfig, stamp: dict[str, str]
 ) -> "ShardLabeller":
-    """The labeller that the settings ask for, on this process's device."""
+    """The labeller that the settings ask for, on this process's device.
+
+    ConfigError where teacher or parser are others here than those of the stamp, if there is one.
+    """
     import torch
 
     from glipv2.data_prep.labelling import ShardLabeller
     from glipv2.data_prep.phrases import load_parser
     from glipv2.data_prep.teachers import load_teacher
     from glipv2.pipeline.dist import local_device
-    from glipv2.pipeline.ray_map import note
+    from glipv2.pipeline.worker_notes import note
 
     torch.set_num_threads(1)
+    if stamp:
+        check_same_here(settings, stamp)
     names = (settings.teacher, *settings.ensemble)
     teacher = load_teacher(names, local_device(), settings.precision)
     return ShardLabeller(pairs, teacher, load_parser(settings.phrases), settings, stamp, note)
+
+
+def check_same_here(settings: LabelConfig, stamp: dict[str, str]) -> None:
+    """ConfigError where teacher or parser are of another version here than the stamp says."""
+    from glipv2.jobs.label_plan import stamp_of, what_decides
+
+    here = what_decides(settings)
+    if (found := stamp_of(here)) == stamp:
+        return
+    wrong = f"a parser ({here['parser']})"
+    if found["teacher"] != stamp["teacher"]:
+        names = ", ".join((settings.teacher, *settings.ensemble))
+        wrong = f"a teacher ({names}: {found['teacher']} instead of {stamp['teacher']})"
+    raise ConfigError(
+        f"{socket.gethostname()} has {wrong} of another version than the machine that began this "
+        "labelling: bring all machines to one, or name a teacher that all of them read"
+    )
 
 
 class _Worker:
@@ -199,17 +240,20 @@ class _Worker:
 
 
 class Killers:
-    """Pairs of one set that workers died on; with a URL, kept there for the next run."""
+    """Pairs of one set that workers died on; with a URL, kept there for the next run.
 
-    def __init__(self, url: str = "", source: str = "") -> None:
-        self.url, self.source = url, source
+    Kept by the set's digest: made again, a set may have innocent pairs in their places.
+    """
+
+    def __init__(self, url: str = "", digest: str = "") -> None:
+        self.url, self.digest = url, digest
         self.positions: dict[str, list[int]] = (
             storage.read_json(url) if url and storage.exists(url) else {}
         )
 
     def of(self, number: int) -> tuple[int, ...]:
         """Positions in the shard."""
-        return tuple(self.positions.get(f"{self.source}/{number}", ()))
+        return tuple(self.positions.get(f"{self.digest}/{number}", ()))
 
     def after_kill(self, task: "ShardTask", kills: int, last_note: Any) -> "ShardTask | None":
         """`labelling.after_kill`, remembering whom it leaves out."""
@@ -217,7 +261,7 @@ class Killers:
 
         again = after_kill(task, kills, last_note)
         if again is not None and again.skip != task.skip:
-            self.positions[f"{self.source}/{task.number}"] = list(again.skip)
+            self.positions[f"{self.digest}/{task.number}"] = list(again.skip)
             if self.url:
                 storage.write_json(self.url, self.positions)
         return again

@@ -39,29 +39,35 @@ class Plan:
     @property
     def stamp(self) -> dict[str, str]:
         """What every record and commit record says of its making."""
-        return {
-            "teacher": self.deciding["teacher"],
-            "label_settings": storage.digest(self.deciding),
-        }
+        return stamp_of(self.deciding)
+
+
+def stamp_of(deciding: dict[str, Any]) -> dict[str, str]:
+    return {"teacher": deciding["teacher"], "label_settings": storage.digest(deciding)}
+
+
+def what_decides(settings: LabelConfig) -> dict[str, Any]:
+    """Of a labelling's content, with teacher and parser as this machine has them."""
+    from glipv2.data_prep.phrases import parser_version
+    from glipv2.data_prep.teachers import teacher_digest
+
+    return {
+        "teacher": teacher_digest((settings.teacher, *settings.ensemble)),
+        "parser": parser_version(settings.phrases),
+        **{f"phrases.{key}": value for key, value in dataclasses.asdict(settings.phrases).items()},
+        **{key: getattr(settings, key) for key in DECIDING},
+    }
 
 
 def make_plan(config: RunConfig) -> Plan:
     """Resolve the teachers and choose the threshold; ConfigError or DataError when that fails."""
-    from glipv2.data_prep.phrases import parser_version
-    from glipv2.data_prep.teachers import teacher_digest
-
     given = config.label
     if not given.teacher or not given.inputs:
         raise ConfigError("label.teacher and label.inputs must be set")
     _check_inputs(config)
     teacher, *ensemble = (_resolved(config, name) for name in (given.teacher, *given.ensemble))
     settings = dataclasses.replace(given, teacher=teacher, ensemble=tuple(ensemble))
-    deciding = {
-        "teacher": teacher_digest((teacher, *ensemble)),
-        "parser": parser_version(given.phrases),
-        **{f"phrases.{key}": value for key, value in dataclasses.asdict(given.phrases).items()},
-        **{key: getattr(given, key) for key in DECIDING},
-    }
+    deciding = what_decides(settings)
     if given.calibration:
         threshold = _calibrated(config, settings, deciding)
         settings = dataclasses.replace(settings, score_threshold=threshold)
@@ -108,7 +114,9 @@ def _calibrated(config: RunConfig, settings: LabelConfig, deciding: dict[str, An
         return float(known["threshold"])
     floor = dataclasses.replace(settings, score_threshold=CALIBRATION_FLOOR, keep_empty=False)
     tasks = [ShardTask(number=number) for number in range(len(gold.shards))]
-    results = progress(label_on_ray(floor, gold, tasks), len(tasks), "calibrate")
+    at_floor = {key: getattr(floor, key) for key in DECIDING}
+    done = label_on_ray(floor, gold, tasks, stamp=stamp_of({**deciding, **at_floor}))
+    results = progress(done, len(tasks), "calibrate")
     labelled = [record for _, records in results for record in records]
     judged = judge_labels(labelled, iterate_records(gold.url))
     chosen = choose_threshold(judged, settings.target_precision)

@@ -4,11 +4,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from glipv2.jobs.report_numbers import duration
 from glipv2.pipeline.config import LabelConfig
 from glipv2.pipeline.progress import bar
 from glipv2.pipeline.shard_format import ShardInfo
+
+if TYPE_CHECKING:
+    from glipv2.data_prep.labelling import InHand
 
 
 @dataclass
@@ -23,13 +27,13 @@ class Totals:
         self.counts.update(shard.stats["counts"])
         self.best_score = max(self.best_score, shard.stats.get("best_score", 0.0))
 
-    @property
-    def kept_share(self) -> float:
-        return self.counts["images"] / max(self.counts["pairs"], 1)
 
-    @property
-    def boxes_per_image(self) -> float:
-        return self.counts["boxes"] / max(self.counts["images"], 1)
+def kept_share(counts: Counter[str]) -> float:
+    return counts["images"] / max(counts["pairs"], 1)
+
+
+def boxes_per_image(counts: Counter[str]) -> float:
+    return counts["boxes"] / max(counts["images"], 1)
 
 
 class Shown:
@@ -40,19 +44,38 @@ class Shown:
         self.totals, self.pairs_now = Totals(), 0
         for shard in done:
             self.totals.add(shard)
+        self.finished: set[int] = set()
+        """Shards of this run of which old notes may still come."""
+        self.under_way = Counter[str]()
+        """Of shards that are not finished."""
         self.started = time.monotonic()
         self.bar = bar(pairs, f"label {source}", unit="pair", initial=self.totals.counts["pairs"])
         if workers:
             number = "a worker" if workers == 1 else f"up to {workers} workers"
             self.bar.set_postfix_str(f"starting {number}")
 
-    def update(self, shard: ShardInfo) -> None:
+    def watch(self, notes: "Iterable[InHand]") -> None:
+        """What workers have made of shards that they are still at counts as well."""
+        self.under_way = Counter()
+        for note in notes:
+            if note.shard not in self.finished:
+                self.under_way.update(pairs=note.pairs, images=note.images, boxes=note.boxes)
+        if self.under_way["pairs"]:
+            self._show()
+
+    def update(self, number: int, shard: ShardInfo) -> None:
+        """A shard is finished."""
+        self.finished.add(number)
         self.totals.add(shard)
-        pairs = shard.stats["counts"]["pairs"]
-        self.pairs_now += pairs
-        kept, each = self.totals.kept_share, self.totals.boxes_per_image
+        self.pairs_now += shard.stats["counts"]["pairs"]
+        self.under_way = Counter()  # the next notes tell what is left of it
+        self._show()
+
+    def _show(self) -> None:
+        counts = self.totals.counts + self.under_way
+        kept, each = kept_share(counts), boxes_per_image(counts)
         self.bar.set_postfix_str(f"{each:.1f} boxes per image, {kept:.1%} kept", refresh=False)
-        self.bar.update(pairs)
+        self.bar.update(max(0, counts["pairs"] - self.bar.n))
 
     def close(self) -> None:
         self.bar.close()
@@ -65,7 +88,7 @@ class Shown:
         if self.pairs_now:
             rate = self.pairs_now / seconds
             now = f"this run: {self.pairs_now:,} pairs in {duration(seconds)}, {rate:.1f} a second"
-        kept, each = self.totals.kept_share, self.totals.boxes_per_image
+        kept, each = kept_share(counts), boxes_per_image(counts)
         return (
             f"{out}: {counts['images']:,} of {counts['pairs']:,} pairs kept ({kept:.1%}), "
             f"{counts['boxes']:,} boxes, {each:.1f} per image; {now}\n"

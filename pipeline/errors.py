@@ -36,6 +36,11 @@ class PoisonItemError(UserError):
     """Items that killed their worker every time; all others are done."""
 
 
+class MachinesLostError(Exception):
+    """Items whose machines were taken away too often; all others are done, and the same command can
+    be run again."""
+
+
 class RankFailedError(Exception):
     """A rank ended abnormally; the command can be run again and goes on from its checkpoint."""
 

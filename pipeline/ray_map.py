@@ -6,16 +6,16 @@ which part of an item kills its worker (Ray retries a task that ran out of memor
 """
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from glipv2.pipeline.errors import ConfigError, PoisonItemError
+from glipv2.pipeline.errors import ConfigError, MachinesLostError, PoisonItemError
 from glipv2.pipeline.ray_cluster import is_private, room_for, start_ray
+from glipv2.pipeline.worker_notes import Notes, Watch, notes_to, notes_to_actor
 
 log = logging.getLogger(__name__)
 
@@ -25,41 +25,15 @@ MakeWorker = Callable[[], Callable[[Item], Result]]
 AfterKill = Callable[[Item, int, Any], "Item | None"]
 """(item, how many workers it has killed, the last note of the last one) -> what to try now."""
 
-Watch = Callable[[Iterable[Any]], None]
-"""Hears the last note of each worker, now and then; perhaps one about an item done since."""
-
 LOOK_S = 0.5
 """Seconds between two looks at the notes."""
-NOTE_S = 0.5
-"""Seconds between two notes on how far an item is."""
 MAX_KILLS = 2
 """An item whose worker died this often is taken for the cause and given up."""
-WHY = "it was killed, ran out of memory, or its machine is gone: see Ray's logs"
+MAX_LOSSES = 10
+"""An item that lost its worker with the machine more often is given up."""
+WHY = "it was killed or ran out of memory: see Ray's logs"
 MAX_DEAD_STARTS = 5
 """So many workers in a row that die before their first item end the map."""
-_note: Callable[[Any], None] | None = None
-"""Where notes of this worker process go."""
-
-
-def note(value: Any) -> None:
-    """Tell the driver what a worker is about to do; known there even if this process dies of it.
-
-    About a millisecond. Nothing where nobody asked for notes (by `after_kill` or `watch`).
-    """
-    if _note is not None:
-        _note(value)
-
-
-def noting(
-    name: Any, items: Iterable[Item], so_far: Callable[[int, Item], int] = lambda place, _: place
-) -> Iterator[Item]:
-    """The items; now and then a note, (name, so_far(place, item)), tells how far they are."""
-    noted = time.monotonic()
-    for place, item in enumerate(items):
-        if (now := time.monotonic()) - noted >= NOTE_S:
-            noted = now
-            note((name, so_far(place, item)))
-        yield item
 
 
 def try_again(item: Item, kills: int, _last_note: Any) -> Item | None:
@@ -73,20 +47,9 @@ def map_in_process(
     """The same as `map_on_ray` in this process, for small work, debugging and tests."""
     worker = make_worker()
     for item in items:
-        with _notes_to(watch) if watch else nullcontext():
+        with notes_to(watch) if watch else nullcontext():
             result = worker(item)
         yield item, result
-
-
-@contextmanager
-def _notes_to(watch: Watch) -> Iterator[None]:
-    """Notes of this process go to `watch`."""
-    global _note
-    before, _note = _note, lambda value: watch([value])
-    try:
-        yield
-    finally:
-        _note = before
 
 
 def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
@@ -108,7 +71,9 @@ def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
     one that can't the rest stays pending. Workers with nothing left to do are ended.
 
     A worker that dies is replaced and its item tried again, or what `after_kill` says instead; when
-    that is None the item is given up, and PoisonItemError raised at the end. An exception of the
+    that is None the item is given up, and PoisonItemError raised at the end. One that dies because
+    its machine is gone is no kill by the item, which is given to another as it is; an item that
+    MAX_LOSSES machines did not suffice for is a MachinesLostError at the end. An exception of the
     worker ends the map and is raised here. Workers must be safe to run twice on one item.
     """
     waiting = _Waiting(items)
@@ -118,7 +83,7 @@ def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
     pool = _Pool(make_worker, gpus_per_actor, cpus_per_actor, notes=bool(after_kill or watch))
     most = _most_actors(num_actors, gpus_per_actor, cpus_per_actor)
     retry = after_kill or try_again
-    poison: list[str] = []
+    poison, lost = list[str](), list[str]()
     try:
         while waiting or pool.running:
             pool.resize(min(most, len(pool.running) + waiting.at_least(most)), min_actors)
@@ -130,21 +95,24 @@ def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
             if ended is None:
                 continue
             task, result = ended
-            if isinstance(result, _Died):
-                log.warning("a worker died on %s; %s", task.item, WHY)
-                again = retry(task.item, task.kills + 1, result.last_note)
-                if again is None:
-                    poison.append(str(task.item))
-                else:
-                    waiting.put_back(_Task(again, task.kills + 1))
-                continue
-            yield task.item, result
+            if not isinstance(result, _Died):
+                yield task.item, result
+            elif (again := _after_death(task, result, retry)) is not None:
+                waiting.put_back(again)
+            else:
+                (lost if result.machine_gone else poison).append(str(task.item))
     finally:
         pool.end()
     if poison:
         raise PoisonItemError(
             f"workers died {MAX_KILLS} times or more on: {', '.join(poison)}; all other items are "
-            "done. If memory ran out, use fewer actors or smaller batches; else look at these items"
+            f"done{', or lost with their machines' if lost else ''}. If memory ran out, use fewer "
+            "actors or smaller batches; else look at these items"
+        )
+    if lost:
+        raise MachinesLostError(
+            f"more than {MAX_LOSSES} machines went away while they worked on: {', '.join(lost)}; "
+            "all other items are done. Run the same command again"
         )
 
 
@@ -152,11 +120,26 @@ def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
 class _Task(Generic[Item]):
     item: Item
     kills: int = 0
+    losses: int = 0
+    """Workers that went with their machines."""
 
 
 @dataclass(frozen=True)
 class _Died:
     last_note: Any
+    machine_gone: bool
+
+
+def _after_death(
+    task: _Task[Item], death: _Died, after_kill: AfterKill[Item]
+) -> "_Task[Item] | None":
+    """What to try now; None gives the item up."""
+    if death.machine_gone:
+        log.warning("the machine of a worker on %s is gone", task.item)
+        return replace(task, losses=task.losses + 1) if task.losses < MAX_LOSSES else None
+    log.warning("a worker died on %s; %s", task.item, WHY)
+    item = after_kill(task.item, task.kills + 1, death.last_note)
+    return None if item is None else replace(task, item=item, kills=task.kills + 1)
 
 
 class _Waiting(Generic[Item]):
@@ -184,6 +167,8 @@ class _Waiting(Generic[Item]):
 class _Worker(NamedTuple):
     number: int
     actor: Any
+    machine: Any
+    """Where it is: known as soon as its process runs."""
 
 
 class _Pool:
@@ -194,9 +179,7 @@ class _Pool:
     ) -> None:
         self.make_worker = make_worker
         self.actor_class = _actor_class(gpus, cpus)
-        self.notes = _notes_actor() if notes else None
-        self.asked: Any = None
-        """The answer of `notes` that is awaited."""
+        self.notes = Notes() if notes else None
         self.starting: dict[Any, _Worker] = {}
         self.idle: list[_Worker] = []
         self.running: dict[Any, tuple[_Task[Any], _Worker]] = {}
@@ -208,8 +191,10 @@ class _Pool:
         step = max(at_once - ready, ready, 1)
         while len(self.starting) < min(step, wanted - ready):
             self.started += 1
-            actor = self.actor_class.remote(self.make_worker, self.started, self.notes)
-            self.starting[actor.start.remote()] = _Worker(self.started, actor)
+            notes = self.notes.actor if self.notes else None
+            actor = self.actor_class.remote(self.make_worker, self.started, notes)
+            worker = _Worker(self.started, actor, actor.machine.remote())
+            self.starting[actor.start.remote()] = worker
         while self.starting and len(self.starting) > wanted - ready:
             _kill(self.starting.popitem()[1])
         while self.idle and len(self.idle) + len(self.running) > wanted:
@@ -235,31 +220,26 @@ class _Pool:
         task, worker = self.running.pop(done)
         try:
             result = _result(done)
-        except ray.exceptions.RayActorError:
-            last = ray.get(self.notes.last.remote(worker.number)) if self.notes else None
-            return task, _Died(last)
+        except _deaths() as error:
+            _kill(worker)  # one that is only out of reach must not go on
+            last_note = self.notes.last(worker.number) if self.notes else None
+            return task, _Died(last_note, _machine_gone(worker, error))
         self.idle.append(worker)
         return task, result
 
     def last_notes(self) -> list[Any]:
-        """Of every worker that made any, as they were asked for the last time; waits for none."""
-        import ray
-
-        if self.notes is None:
-            return []
-        asked, self.asked = self.asked, self.asked or self.notes.all.remote()
-        if asked is None or not ray.wait([asked], timeout=0)[0]:
-            return []
-        self.asked = self.notes.all.remote()
-        return ray.get(asked)
+        """Of every worker that made any, about as they are now."""
+        return self.notes.all() if self.notes else []
 
     def _has_started(self, done: Any) -> None:
-        import ray
-
         worker = self.starting.pop(done)
         try:
             _result(done)
-        except ray.exceptions.RayActorError as error:
+        except _deaths() as error:
+            _kill(worker)
+            if _machine_gone(worker, error):
+                log.warning("the machine of a worker that started is gone")
+                return
             log.warning("a worker died while it started; %s", WHY)
             self.dead_starts += 1
             if self.dead_starts == MAX_DEAD_STARTS:
@@ -272,19 +252,50 @@ class _Pool:
         self.idle.append(worker)
 
     def end(self) -> None:
-        import ray
-
         busy = (worker for _, worker in self.running.values())
         for worker in [*self.idle, *self.starting.values(), *busy]:
             _kill(worker)
         if self.notes:
-            ray.kill(self.notes)
+            self.notes.end()
 
 
 def _kill(worker: _Worker) -> None:
     import ray
 
     ray.kill(worker.actor)
+
+
+def _deaths() -> tuple[type[Exception], ...]:
+    """How Ray says that a worker is dead: the memory monitor's kills are no RayActorError."""
+    from ray import exceptions
+
+    return (
+        exceptions.RayActorError,
+        exceptions.OutOfMemoryError,
+        exceptions.NodeDiedError,
+        exceptions.LocalRayletDiedError,
+    )
+
+
+def _machine_gone(worker: _Worker, error: Exception) -> bool:
+    """Whether a worker's machine was taken away, or can't be reached.
+
+    Ray may tell of the worker first that it is unavailable, and only later that its machine is
+    gone; of workers on this machine that means no more than that it is busy.
+    """
+    import ray
+
+    if isinstance(error, ray.exceptions.NodeDiedError) or getattr(error, "preempted", False):
+        return True
+    known, _ = ray.wait([worker.machine], timeout=0)
+    try:
+        machine = ray.get(worker.machine) if known else None
+    except _deaths():
+        machine = None
+    if machine in (None, ray.get_runtime_context().get_node_id()):
+        return False
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return isinstance(error, ray.exceptions.ActorUnavailableError) or machine not in alive
 
 
 def _result(reference: Any) -> Any:
@@ -318,39 +329,8 @@ def _most_actors(num_actors: int, gpus: float, cpus: float) -> int:
     return min(num_actors, room) if is_private() else num_actors
 
 
-class _Notes:
-    """The last note of each worker."""
-
-    def __init__(self) -> None:
-        from glipv2.pipeline.dist import die_with_parent
-
-        die_with_parent()
-        self.notes: dict[int, Any] = {}
-
-    def put(self, worker: int, value: Any) -> None:
-        self.notes[worker] = value
-
-    def all(self) -> list[Any]:
-        return list(self.notes.values())
-
-    def last(self, worker: int) -> Any:
-        return self.notes.pop(worker, None)
-
-
-def _notes_actor() -> Any:
-    """On the driver's machine, so that it outlives the workers'."""
-    import ray
-
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=True
-    )
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Notes).remote()
-
-
 def _actor_class(gpus: float, cpus: float) -> Any:
     import ray
-
-    from glipv2.pipeline import ray_map
 
     @ray.remote(num_cpus=cpus, num_gpus=gpus)
     class Worker:
@@ -360,7 +340,10 @@ def _actor_class(gpus: float, cpus: float) -> Any:
             die_with_parent()
             self.make_worker = make_worker
             if notes is not None:
-                ray_map._note = lambda value: ray.get(notes.put.remote(number, value))
+                notes_to_actor(notes, number)
+
+        def machine(self) -> str:
+            return ray.get_runtime_context().get_node_id()
 
         def start(self) -> None:
             """Apart from the constructor, whose exceptions would look like a death."""

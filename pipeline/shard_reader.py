@@ -1,8 +1,9 @@
 """Reading shard sets by index: the manifest says what exists, one ranged read fetches a slice."""
 
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 
 from glipv2.pipeline import storage
 from glipv2.pipeline.cache import RangeCache
@@ -24,6 +25,9 @@ from glipv2.pipeline.shard_format import (
 
 SLICE = 256
 """Samples of one ranged read when a whole set is walked through."""
+INDEXED = 1 << 18
+"""Samples whose places a process keeps in mind, about 200 MB: training goes to and fro between
+shards, and may have some hundred small ones or some dozen large ones at hand."""
 
 
 def open_shard_set(url: str) -> ShardSet:
@@ -76,7 +80,7 @@ def _check_size(url: str, expected: int, found: int | None) -> None:
 def read_index(shard_set: ShardSet, shard_number: int) -> tuple[SampleEntry, ...]:
     """Where each sample of a shard lies, after checking the commit record and the tar's size."""
     shard = shard_set.shards[shard_number]
-    return _read_index(shard_set.url, shard.name, shard.bytes, shard.commit_crc32c)
+    return _indexes.of(shard_set.url, shard.name, shard.bytes, shard.commit_crc32c)
 
 
 def read_raw(
@@ -199,7 +203,38 @@ def read_commit(url: str, name: str) -> tuple[ShardInfo, str]:
     return info, attempt
 
 
-@lru_cache(maxsize=256)
+class _Indexes:
+    """Those used last, of INDEXED samples altogether or a single larger one; for any threads."""
+
+    def __init__(self) -> None:
+        self.kept = OrderedDict[tuple[str, str, int, str], tuple[SampleEntry, ...]]()
+        self.samples = 0
+        self.lock = threading.Lock()
+
+    def of(self, url: str, name: str, size: int, crc: str) -> tuple[SampleEntry, ...]:
+        key = (url, name, size, crc)
+        with self.lock:
+            if key in self.kept:
+                self.kept.move_to_end(key)
+                return self.kept[key]
+        index = _read_index(*key)
+        with self.lock:
+            if key not in self.kept:
+                self.kept[key] = index
+                self.samples += len(index)
+            while self.samples > INDEXED and len(self.kept) > 1:
+                self.samples -= len(self.kept.popitem(last=False)[1])
+        return index
+
+    def clear(self) -> None:
+        with self.lock:
+            self.kept.clear()
+            self.samples = 0
+
+
+_indexes = _Indexes()
+
+
 def _read_index(url: str, name: str, size: int, crc: str) -> tuple[SampleEntry, ...]:
     where = commit_url(url, name)
     record = load_json(where, "commit record")

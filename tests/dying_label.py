@@ -3,7 +3,9 @@
     python tests/dying_label.py RECIPE FOLDER WHO
 
 Each point is used once, and no shard's worker dies twice: FOLDER holds a file for each that did.
-WHO is "worker" or "driver"; anything else is a caption that a worker dies of, whenever it has it.
+WHO is "worker" or "driver"; "zombie" does all in one process, which stops (SIGSTOP) before the
+first shard is uploaded and before it is committed. Anything else is a caption that a worker dies
+of, whenever it has it.
 """
 
 import os
@@ -46,6 +48,30 @@ def install(folder: Path, per_shard: bool) -> None:
         setattr(storage, name, dying(name, getattr(storage, name), folder, per_shard))
 
 
+def stopping(name: str, call: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    point = folder / f"before {name}"
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        if "shard-" in str(arguments[:2]) and not point.exists():
+            point.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return call(*arguments, **named)
+
+    return wrapped
+
+
+def label_as_zombie(recipe: str, folder: Path) -> int:
+    from in_process import without_ray
+
+    from glipv2.jobs import cli
+    from glipv2.pipeline import storage
+
+    for name in ("upload", "create_once"):
+        setattr(storage, name, stopping(name, getattr(storage, name), folder))
+    with without_ray():
+        return cli.main(["label", recipe])
+
+
 class Allergic:
     """A teacher that dies of one caption."""
 
@@ -59,6 +85,8 @@ class Allergic:
 
 
 def main(recipe: str, folder: str, who: str) -> None:
+    if who == "zombie":
+        sys.exit(label_as_zombie(recipe, Path(folder)))
     import ray.cloudpickle
 
     from glipv2.jobs import cli

@@ -12,8 +12,10 @@ from glipv2.pipeline import ray_map
 
 @contextmanager
 def without_ray() -> Iterator[None]:
-    def mapped(make: Callable[[], Any], items: Iterable[Any], **_: Any) -> Iterator[Any]:
-        return ray_map.map_in_process(make, items)
+    def mapped(
+        make: Callable[[], Any], items: Iterable[Any], watch: Any = None, **_: Any
+    ) -> Iterator[Any]:
+        return ray_map.map_in_process(make, items, watch)
 
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:

@@ -22,6 +22,7 @@ from commands import (  # noqa: E402
     finish,
     kill_when,
     start,
+    wait_for,
 )
 from dying_label import POINTS  # noqa: E402
 from in_process import without_ray  # noqa: E402
@@ -34,7 +35,7 @@ from glipv2.jobs.prepare import prepare_set  # noqa: E402
 from glipv2.pipeline.config import PrepareConfig  # noqa: E402
 from glipv2.pipeline.config_loader import load_config  # noqa: E402
 from glipv2.pipeline.errors import ConfigError  # noqa: E402
-from glipv2.pipeline.shard_reader import iterate_records  # noqa: E402
+from glipv2.pipeline.shard_reader import iterate_records, open_shard_set  # noqa: E402
 
 SHARDS = 8
 KILLS = 30
@@ -136,6 +137,8 @@ def test_a_pair_that_workers_die_of_is_left_out_after_two(
     lines = (folder / "run-poison" / "labels" / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == killed
     assert json.loads(lines[0])["reason"] == "killed_worker"
+    known = json.loads((folder / "run-poison" / "labels" / "killers.json").read_text())
+    assert list(known) == [f"{open_shard_set(str(folder / 'pairs')).digest}/2"]
     names = {n for n in undisturbed if n.endswith(".tar") and "shard-000002" not in n}
     again = content(folder / "poison")
     assert all(again[name] == undisturbed[name] for name in names) and len(names) == SHARDS - 1
@@ -196,6 +199,44 @@ def test_a_driver_that_dies_at_every_point_of_its_writing(
     used = {path.name for path in (folder / "points-driver").iterdir()} - {"anyone"}
     assert deaths == len(used) and {"before create_once", "after write_bytes"} <= used
     assert content(folder / "driver") == undisturbed
+
+
+def is_stopped(process: "subprocess.Popen[str]") -> bool:
+    stat = Path(f"/proc/{process.pid}/stat").read_text()
+    return stat.rpartition(")")[2].split()[0] == "T"
+
+
+@pytest.mark.slow
+def test_a_writer_that_wakes_up_when_all_is_done_changes_nothing(
+    folder: Path, undisturbed: dict[str, bytes], capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, points = folder / "haunted", folder / "points-zombie"
+    points.mkdir()
+    script = [sys.executable, str(ROOT / "tests" / "dying_label.py")]
+    zombie = subprocess.Popen(
+        [*script, str(recipe(folder, "zombie", out="haunted")), str(points), "zombie"],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        wait_for(zombie, lambda: is_stopped(zombie))
+        living = str(recipe(folder, "living", out="haunted"))
+        with without_ray():
+            label(load_config(living, []))
+        assert content(out) == undisturbed
+        zombie.send_signal(signal.SIGCONT)
+        wait_for(zombie, lambda: (points / "before create_once").exists() and is_stopped(zombie))
+        [orphan] = (out / "attempts").iterdir()
+        assert content(out) == {**undisturbed, f"attempts/{orphan.name}": orphan.read_bytes()}
+        assert main(["label", living, "--gc"]) == 0
+        assert "1 leftover" in capfd.readouterr().out
+        assert content(out) == undisturbed
+        zombie.send_signal(signal.SIGCONT)
+        said = zombie.communicate(timeout=TIMEOUT)
+        assert zombie.returncode == 0, said
+    finally:
+        zombie.kill()
+        zombie.communicate()
+    assert content(out) == undisturbed
 
 
 def cluster_part(process: "subprocess.Popen[str]", part: str) -> int | None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +16,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 from in_process import without_ray
 from page_parser import shown
 
+from glipv2.data_prep import noun_phrases as parser
+from glipv2.data_prep.labelling import InHand, ShardTask
 from glipv2.data_prep.noun_phrases import noun_phrases
 from glipv2.jobs import label_estimate, view
-from glipv2.jobs.label import label
+from glipv2.jobs.cli import main
+from glipv2.jobs.label import Killers, label, open_labeller
 from glipv2.jobs.label_estimate import Sample, print_estimate
 from glipv2.jobs.label_plan import make_plan
 from glipv2.jobs.label_report import Shown
 from glipv2.jobs.prepare import prepare_set
 from glipv2.model.grounder import Grounder
+from glipv2.pipeline import ray_map
 from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.config_loader import load_config
-from glipv2.pipeline.errors import ConfigError, DataError
+from glipv2.pipeline.errors import ConfigError, DataError, MachinesLostError, PoisonItemError
 from glipv2.pipeline.images import decode_image
 from glipv2.pipeline.shard_format import ShardInfo
 from glipv2.pipeline.shard_reader import iterate_records, open_shard_set
@@ -192,7 +197,12 @@ def test_the_bar_says_what_it_waits_for_and_then_what_is_kept_of_everything(caps
 
     live = Shown("web", 40, [shard(10, 10, 100)], workers=3)
     assert "starting up to 3 workers" in capsys.readouterr().err
-    live.update(shard(30, 0, 0))
+    live.watch([InHand(shard=7, pairs=10, images=10, boxes=0)])
+    assert live.bar.n == 20 and live.bar.postfix == "5.0 boxes per image, 100.0% kept"
+    live.watch([InHand(shard=7, pairs=4), InHand(shard=8, pairs=1)])  # begun again after a death
+    assert live.bar.n == 20
+    live.update(7, shard(30, 0, 0))
+    live.watch([InHand(shard=7, pairs=10)])  # an old note
     live.close()
     last = capsys.readouterr().err.rpartition("\r")[2]
     assert "40/40" in last and "10.0 boxes per image, 25.0% kept" in last
@@ -230,3 +240,65 @@ def test_the_estimate_adds_starts_and_shares_of_the_work(
     said = capsys.readouterr().out
     assert "75% kept, 2.0 boxes each" in said
     assert all(part in said for part in expected), said
+
+
+def test_the_bar_moves_with_the_windows_of_a_shard(config, monkeypatch):
+    shown, show = [], Shown._show
+    monkeypatch.setattr(Shown, "_show", lambda self: (show(self), shown.append(self.bar.n)))
+    label(config("label.window=1"))
+    assert shown == sorted(shown) and shown[-1] == PAIRS
+    assert set(shown) == set(range(1, PAIRS + 1))
+
+
+def test_a_machine_with_another_teacher_or_parser_labels_nothing(
+    config, folder, tmp_path, monkeypatch
+):
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    plan = make_plan(config(f"label.teacher={tmp_path / 'teacher'}"))
+    pairs = open_shard_set(str(folder / "pairs"))
+    open_labeller(pairs, plan.settings, plan.stamp)
+    with monkeypatch.context() as patch:
+        patch.setattr(parser, "RULES", parser.RULES + 1)
+        with pytest.raises(ConfigError, match=rf"has a parser \(.*rules {parser.RULES}"):
+            open_labeller(pairs, plan.settings, plan.stamp)
+    vocab = tmp_path / "teacher" / "vocab.txt"
+    vocab.write_text(vocab.read_text().replace("circle", "square_"))
+    with pytest.raises(ConfigError, match=rf"has a teacher \({tmp_path}/teacher: \w+ instead of"):
+        open_labeller(pairs, plan.settings, plan.stamp)
+
+
+def test_pairs_that_killed_are_remembered_of_the_same_set_only(tmp_path):
+    url, task = str(tmp_path / "killers.json"), ShardTask(number=3)
+    note = InHand(shard=3, first=5, last=6, alone=True)
+    again = Killers(url, "one").after_kill(task, 2, note)
+    assert again.skip == (5,) == Killers(url, "one").of(3)
+    assert Killers(url, "other").of(3) == Killers(url, "one").of(4) == ()
+
+
+@pytest.mark.parametrize(("error", "code"), [(MachinesLostError, 3), (PoisonItemError, 2)])
+def test_a_shard_that_is_given_up_does_not_keep_other_sets_waiting(
+    config, folder, tmp_path, monkeypatch, capsys, error, code
+):
+    shutil.copytree(folder / "pairs", tmp_path / "more")
+    config()
+    inputs = {
+        str(folder / "pairs"): str(tmp_path / "out"),
+        str(tmp_path / "more"): str(tmp_path / "2"),
+    }
+    usual = ray_map.map_on_ray
+
+    def first_fails(*arguments, **options):
+        yield from usual(*arguments, **options)
+        if not (tmp_path / "failed").exists():
+            (tmp_path / "failed").touch()
+            raise error("shard 1 is given up")
+
+    monkeypatch.setattr(ray_map, "map_on_ray", first_fails)
+    command = ["label", str(tmp_path / "recipe.yaml"), f"label.inputs={json.dumps(inputs)}"]
+    assert main(command) == code
+    said = capsys.readouterr().err
+    assert f"glipv2 label: {folder / 'pairs'}: shard 1 is given up" in said
+    assert f"{tmp_path / '2'}: " in said
+    assert (tmp_path / "2" / "dataset.json").exists()
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    assert main(command) == 0

@@ -13,12 +13,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 from sample_records import record  # noqa: E402
 
 from glipv2.data_prep import labelling  # noqa: E402
-from glipv2.data_prep.labelling import KILLED, ShardLabeller, ShardTask, Tally, after_kill  # noqa: E402
+from glipv2.data_prep.labelling import (  # noqa: E402
+    FAILED,
+    KILLED,
+    InHand,
+    ShardLabeller,
+    ShardTask,
+    Tally,
+    after_kill,
+)
 from glipv2.data_prep.phrases import load_parser  # noqa: E402
 from glipv2.model.batch import Detection  # noqa: E402
 from glipv2.model.image_input import Picture  # noqa: E402
 from glipv2.pipeline import shards  # noqa: E402
 from glipv2.pipeline.config import LabelConfig, PhraseConfig  # noqa: E402
+from glipv2.pipeline.errors import DataError, StoreError  # noqa: E402
 from glipv2.pipeline.records import Record  # noqa: E402
 from glipv2.pipeline.shard_format import ShardSet  # noqa: E402
 
@@ -33,6 +42,9 @@ class Teacher:
 
     asked: list[list[str]] = field(default_factory=list)
     die_on: str = ""
+    fail_on: tuple[str, ...] = ()
+    """Captions of which any error in `error` comes."""
+    error: Exception = field(default_factory=lambda: RuntimeError("out of memory\nand more"))
 
     def prepare(self, image_3HW: Tensor) -> Picture:
         return Picture(pixels_3HW=image_3HW, own_size=tuple(image_3HW.shape[1:]))  # type: ignore[arg-type]
@@ -44,6 +56,8 @@ class Teacher:
         self.asked.append(texts)
         if self.die_on in texts:
             raise SystemExit(self.die_on)
+        if any(text in self.fail_on for text in texts):
+            raise self.error
         found = []
         for picture, (_, spans) in zip(pictures, captions, strict=True):
             K = len(spans)
@@ -74,19 +88,23 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return shards.write_manifest(folder, [info], (), {})
 
 
+def labeller_of(
+    pairs: ShardSet, teacher: Teacher, notes: list[InHand], **changes: object
+) -> ShardLabeller:
+    settings = replace(SETTINGS, **changes)  # type: ignore[arg-type]
+    find = load_parser(PhraseConfig())
+    return ShardLabeller(pairs, teacher, find, settings, STAMP, notes.append)  # type: ignore[arg-type]
+
+
 def labelled(
-    pairs: ShardSet, **changes: object
-) -> tuple[list[Record], Tally, Teacher, list[tuple[bool, int, int]]]:
-    teacher, notes, tally = Teacher(), [], Tally()
-    labeller = ShardLabeller(
-        pairs,
-        teacher,  # type: ignore[arg-type]
-        load_parser(PhraseConfig()),
-        replace(SETTINGS, **changes),  # type: ignore[arg-type]
-        STAMP,
-        notes.append,
-    )
-    return list(labeller.records(ShardTask(number=0), tally)), tally, teacher, notes
+    pairs: ShardSet,
+    teacher: Teacher | None = None,
+    task: ShardTask | None = None,
+    **changes: object,
+) -> tuple[list[Record], Tally, Teacher, list[InHand]]:
+    teacher, notes, tally = teacher or Teacher(), list[InHand](), Tally()
+    labeller = labeller_of(pairs, teacher, notes, **changes)
+    return list(labeller.records(task or ShardTask(number=0), tally)), tally, teacher, notes
 
 
 def test_pairs_keep_their_order_and_get_their_own_boxes(pairs: ShardSet) -> None:
@@ -142,22 +160,16 @@ def test_a_killing_pair_is_found_by_its_notes_and_left_out(pairs: ShardSet) -> N
     usual = labelled(pairs)[0]
     deadly = next(r.caption for r in usual if r.key == f"key{poison:04d}")
     while True:
-        teacher, notes, tally = Teacher(die_on=deadly), [], Tally()
-        labeller = ShardLabeller(
-            pairs,
-            teacher,
-            load_parser(PhraseConfig()),
-            SETTINGS,
-            STAMP,
-            notes.append,  # type: ignore[arg-type]
-        )
+        notes, tally = list[InHand](), Tally()
+        labeller = labeller_of(pairs, Teacher(die_on=deadly), notes)
         try:
             records = list(labeller.records(task, tally))
             break
         except SystemExit:
             kills += 1
-            alone, first, last = notes[-1]
-            assert first <= poison < last and alone == (last - first == 1) == (kills == 2)
+            first, last = notes[-1].first, notes[-1].last
+            assert first <= poison < last
+            assert notes[-1].alone == (last - first == 1) == (kills == 2)
             again = after_kill(task, kills, notes[-1])
             assert again is not None
             task = again
@@ -171,14 +183,93 @@ def test_deaths_that_no_pair_explains_end_the_shard() -> None:
     task: ShardTask | None = ShardTask(number=4)
     for kills in range(1, 4):
         assert task is not None
-        task = after_kill(task, kills, (False, 0, 8 * kills))
+        task = after_kill(task, kills, InHand(shard=4, last=8 * kills))
         assert task == ShardTask(number=4, suspects=(0, 8 * kills))
-    assert task is not None and after_kill(task, 4, (False, 0, 32)) is None
+    assert task is not None and after_kill(task, 4, InHand(shard=4, last=32)) is None
     assert after_kill(task, 4, None) is None
     # each pair that is found to be the cause accounts for one
-    assert after_kill(replace(task, skip=(3, 5)), 5, (True, 7, 8)) == ShardTask(
+    alone = InHand(shard=4, first=7, last=8, alone=True)
+    assert after_kill(replace(task, skip=(3, 5)), 5, alone) == ShardTask(
         number=4, skip=(3, 5, 7), suspects=(8, 24)
     )
+    # a note that says nothing of this shard
+    assert after_kill(task, 3, replace(alone, shard=3)) == task
+
+
+def test_the_notes_of_a_second_shard_begin_at_its_start(pairs: ShardSet) -> None:
+    """Whoever dies of the first pairs of a longer shard must have noted them."""
+    notes: list[InHand] = []
+    labeller = labeller_of(pairs, Teacher(), notes)
+    for _ in range(2):
+        notes.clear()
+        list(labeller.records(ShardTask(number=0), Tally()))
+        assert notes[0] == InHand(shard=0, last=8)
+        assert all(note.first < note.last for note in notes)
+
+
+def test_notes_say_what_the_finished_windows_came_to(pairs: ShardSet) -> None:
+    _, tally, _, notes = labelled(pairs)
+    made = [(note.pairs, note.images, note.boxes) for note in notes]
+    assert made == sorted(made) and {pairs for pairs, _, _ in made} == set(range(0, COUNT, 8))
+    whole = tuple(tally.counts[name] for name in ("pairs", "images", "boxes"))
+    assert (0, 0, 0) == made[0] < made[-1] < whole
+
+
+def captions(pairs: ShardSet, *numbers: int) -> tuple[str, ...]:
+    raws = shards.read_raw(pairs, 0, 0, COUNT)
+    return tuple(shards.parse_record(raws[number]).caption for number in numbers)
+
+
+def test_a_pair_that_the_teacher_fails_on_is_left_out_alone(pairs: ShardSet) -> None:
+    usual = labelled(pairs)[0]
+    records, tally, _, _ = labelled(pairs, Teacher(fail_on=captions(pairs, 30, 33)))
+    assert records == [r for r in usual if r.key not in ("key0030", "key0033")]
+    failed = [(key, detail) for key, reason, detail in tally.bad if reason == FAILED]
+    assert failed == [("key0030", "RuntimeError: out of memory"), ("key0033", failed[0][1])]
+    assert tally.counts[FAILED] == 2 and tally.counts["pairs"] == COUNT
+    # where it is tried because somebody died, too
+    task = ShardTask(number=0, suspects=(24, 40))
+    assert labelled(pairs, Teacher(fail_on=captions(pairs, 30, 33)), task)[0] == records
+
+
+def test_an_image_that_the_teacher_cannot_prepare_is_left_out_alone(pairs: ShardSet) -> None:
+    class Picky(Teacher):
+        def prepare(self, image_3HW: Tensor) -> Picture:
+            if 60 < image_3HW[0, 0, 0] < 64:
+                raise ValueError("no such size")
+            return super().prepare(image_3HW)
+
+    usual = labelled(pairs)[0]
+    records, tally, _, _ = labelled(pairs, Picky())
+    failed = {key for key, reason, _ in tally.bad if reason == FAILED}
+    assert 0 < len(failed) < 4 and ("ValueError: no such size") in tally.bad[-1]
+    assert records == [r for r in usual if r.key not in failed]
+
+
+@pytest.mark.parametrize("error", [DataError("no teacher here"), StoreError("the store is away")])
+def test_errors_that_are_no_fault_of_a_pair_end_the_shard(
+    pairs: ShardSet, error: Exception
+) -> None:
+    teacher = Teacher(fail_on=captions(pairs, 30), error=error)
+    with pytest.raises(type(error), match=str(error)):
+        labelled(pairs, teacher)
+    assert len(teacher.asked) == 4  # once, as part of the fourth window
+
+
+def test_a_broken_device_ends_the_worker(pairs: ShardSet) -> None:
+    error = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    with pytest.raises(SystemExit, match="device-side assert"):
+        labelled(pairs, Teacher(fail_on=captions(pairs, 30), error=error))
+
+
+@pytest.mark.parametrize(
+    ("failing", "told"), [(range(COUNT), "7 of 7 pairs"), (range(14, 40), "9 of ")]
+)
+def test_a_teacher_that_fails_too_often_ends_the_shard(
+    pairs: ShardSet, failing: range, told: str
+) -> None:
+    with pytest.raises(DataError, match=rf"shard 0: the teacher failed on {told}.*out of memory"):
+        labelled(pairs, Teacher(fail_on=captions(pairs, *(n for n in failing if n != 11))))
 
 
 def test_windows_are_read_while_the_teacher_works(pairs: ShardSet) -> None:
@@ -198,3 +289,15 @@ def test_windows_are_read_while_the_teacher_works(pairs: ShardSet) -> None:
 
     labeller = ShardLabeller(pairs, Slow(), load_parser(PhraseConfig()), SETTINGS, STAMP)  # type: ignore[arg-type]
     assert len(list(labeller.records(ShardTask(number=0), Tally()))) > 10
+
+
+def test_boxes_that_are_no_numbers_are_counted(pairs: ShardSet) -> None:
+    class Broken(Teacher):
+        def ground(self, *arguments: object, **named: object) -> list[Detection]:
+            found = super().ground(*arguments, **named)  # type: ignore[arg-type]
+            found[0].boxes_K4[0, 1] = torch.nan
+            return found
+
+    records, tally, teacher, _ = labelled(pairs, Broken())
+    assert tally.counts["box_not_finite"] == len(teacher.asked) > 0
+    assert len(records) < len(labelled(pairs)[0])

@@ -12,7 +12,8 @@ import pytest
 from glipv2.pipeline import ray_map
 from glipv2.pipeline.errors import ConfigError, DataError, PoisonItemError
 from glipv2.pipeline.ray_cluster import start_ray
-from glipv2.pipeline.ray_map import map_in_process, map_on_ray, note
+from glipv2.pipeline.ray_map import map_in_process, map_on_ray
+from glipv2.pipeline.worker_notes import note
 
 
 @pytest.fixture(scope="module", autouse=True)

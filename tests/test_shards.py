@@ -339,9 +339,26 @@ def test_another_commit_record_than_the_manifest_knows_is_refused(folder):
     shard_set = write_set(folder)
     url = storage.join(folder, "commits", "shard-000000.json")
     storage.write_bytes(url, storage.read_bytes(url).replace(b"key0001", b"key9999"))
-    shard_reader._read_index.cache_clear()
+    shard_reader._indexes.clear()
     with pytest.raises(DataError, match="not the commit record"):
         shards.read_index(shard_set, 0)
+
+
+def test_indexes_are_kept_up_to_so_many_samples_the_last_used_the_longest(folder, monkeypatch):
+    shard_set = write_set(folder, 20, per_shard=4)
+    monkeypatch.setattr(shard_reader, "INDEXED", 13)
+    shard_reader._indexes.clear()
+    read = []
+    real = shard_reader._read_index
+    monkeypatch.setattr(shard_reader, "_read_index", lambda *a: read.append(a[1][-1]) or real(*a))
+    for number in (0, 1, 2, 0, 3, 0, 2, 1):  # 3 fit; 1 goes for 3
+        assert len(shards.read_index(shard_set, number)) == 4
+    assert "".join(read) == "01231"
+    assert shard_reader._indexes.samples == 12
+    monkeypatch.setattr(shard_reader, "INDEXED", 3)  # one that is larger is kept alone
+    for _ in range(2):
+        shards.read_index(shard_set, 4)
+    assert "".join(read) == "012314" and shard_reader._indexes.samples == 4
 
 
 def test_a_writer_refuses_what_a_reader_would_refuse(folder):

@@ -234,6 +234,7 @@ def collect_garbage(config: RunConfig) -> int:
 
     for target in config.label.inputs.values():
         out = config.set_url(target)
-        removed = remove_attempts(out)
-        print(f"{out}: {removed} leftover attempts removed")  # noqa: T201 - the answer
+        removed, spared = remove_attempts(out)
+        young = f"; {spared} are younger than an hour and stay until then" if spared else ""
+        print(f"{out}: {removed} leftover attempts removed{young}")  # noqa: T201 - the answer
     return 0

@@ -71,6 +71,10 @@ def label(config: RunConfig) -> str:
     listed = storage.join(folder, "quarantine.jsonl")
     with exclusive(folder):
         plan = make_plan(config)
+        if plan.gold:
+            said.append(str(plan.gold))
+            if plan.gold.missed:
+                log.warning(plan.gold.missed)
         for source, target in plan.settings.inputs.items():
             shards, closing_lines = label_set(plan, source, config.set_url(target))
             said.append(closing_lines)

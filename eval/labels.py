@@ -6,7 +6,7 @@ each true region can make one box right, and better-scored boxes choose first.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -134,7 +134,7 @@ def judge_labels(labelled: Iterable[Record], truth: Iterable[Record]) -> ScoredL
     A true region counts only if the caption mentions it: it has spans, or, when the two captions
     differ, its head word occurs in the labelled caption.
     """
-    truth_by_key = {record.key: record for record in truth}
+    truth_by_key = {record.key: replace(record, image=b"") for record in truth}  # boxes suffice
     labels_by_key: dict[str, Record] = {}
     for record in labelled:
         if record.key not in truth_by_key:

@@ -287,7 +287,7 @@ def show(name: str, outcome: Outcome) -> None:
 
 def show_sizes(base: Setting) -> None:
     """Of what grows with the set: its manifest with more bad pairs, and its commit records."""
-    stamp = dict.fromkeys(("teacher", "label_settings"), storage.digest(""))
+    stamp = dict.fromkeys(("teacher", "parser", "label_settings"), storage.digest(""))
     for share in (0.0, 0.01, 0.1):
         stats = shard_stats(ShardTask(number=0), base.samples, share, stamp)
         size = len(storage.canonical_json(stats)) * base.shards

@@ -58,7 +58,8 @@ def every_shard(
     enough = min(os.cpu_count() or 1, 1 + shard_set.samples // SAMPLES_A_WORKER)
     count = min(workers or enough, len(numbers))
     make = partial(partial, work, shard_set)  # called once an actor, it gives `work` of that set
-    results = map_on_ray(make, numbers, num_actors=count) if count > 1 else None
+    pool = {"num_actors": count, "min_actors": count}
+    results = map_on_ray(make, numbers, **pool) if count > 1 else None
     shown = bar(shard_set.samples, text, "sample")
     try:
         for number, result in results or map_in_process(make, numbers):

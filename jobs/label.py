@@ -76,6 +76,10 @@ def label(config: RunConfig) -> str:
     given_up = list[PoisonItemError | MachinesLostError]()
     with exclusive(folder):
         plan = make_plan(config)
+        if plan.gold:
+            said.append(str(plan.gold))
+            if plan.gold.missed:
+                log.warning(plan.gold.missed)
         for source, target in plan.settings.inputs.items():
             try:
                 shards, closing_lines = label_set(plan, source, config.set_url(target))
@@ -278,6 +282,7 @@ def collect_garbage(config: RunConfig) -> int:
 
     for target in config.label.inputs.values():
         out = config.set_url(target)
-        removed = remove_attempts(out)
-        print(f"{out}: {removed} leftover attempts removed")  # noqa: T201 - the answer
+        removed, spared = remove_attempts(out)
+        young = f"; {spared} are younger than an hour and stay until then" if spared else ""
+        print(f"{out}: {removed} leftover attempts removed{young}")  # noqa: T201 - the answer
     return 0

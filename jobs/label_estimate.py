@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, replace
 
 from glipv2.jobs.label import label_on_ray
-from glipv2.jobs.label_plan import DECIDING, Plan, committed, make_plan
+from glipv2.jobs.label_plan import DECIDING, Plan, check_claim, make_plan
 from glipv2.jobs.report_numbers import duration
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.shard_format import ShardSet
@@ -29,23 +29,27 @@ class Sample:
 
 
 def print_estimate(config: RunConfig, price: float) -> int:
-    """Print the plan; `price` is what a worker costs per hour. Output sets are not touched.
+    """Print the plan; `price` is what a worker costs per hour. Output sets are not touched, and
+    refused like by the labelling itself when they were begun with other settings.
 
     A threshold that is to be calibrated is chosen, and kept for the labelling itself.
     """
-    from glipv2.pipeline.shard_reader import open_shard_set
+    from glipv2.pipeline.shards import committed_names, open_shard_set
 
     plan = make_plan(config)
     lines = [f"teacher: {', '.join((plan.settings.teacher, *plan.settings.ensemble))}"]
     lines += [f"{key}: {plan.deciding[key]}" for key in (*DECIDING, "parser")]
+    if plan.gold:
+        lines += [str(plan.gold), *filter(None, [plan.gold.missed])]
     unfinished = list[tuple[ShardSet, list[int]]]()
     for source, target in plan.settings.inputs.items():
         pairs, out = open_shard_set(config.set_url(source)), config.set_url(target)
-        done = list(committed(out, (shard.name for shard in pairs.shards)))
-        left = [s.samples for s, there in zip(pairs.shards, done, strict=True) if there is None]
+        check_claim(plan, pairs, out)
+        done = committed_names(out)
+        left = [shard.samples for shard in pairs.shards if shard.name not in done]
         lines.append(
-            f"{source} -> {out}: {pairs.samples} pairs in {len(done)} shards, of which "
-            f"{len(done) - len(left)} are done"
+            f"{source} -> {out}: {pairs.samples} pairs in {len(pairs.shards)} shards, of which "
+            f"{len(pairs.shards) - len(left)} are done"
         )
         if sum(left):
             unfinished.append((pairs, left))

@@ -27,6 +27,34 @@ READERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gold:
+    """How the chosen threshold does on the gold set."""
+
+    threshold: float
+    precision: float
+    recall: float
+    target_precision: float
+    reached: bool
+
+    def __str__(self) -> str:
+        return (
+            f"threshold {self.threshold:.2f}: precision {self.precision:.2f}, "
+            f"recall {self.recall:.2f} on gold"
+        )
+
+    @property
+    def missed(self) -> str:
+        """What to say where no threshold reaches the target; else empty."""
+        if self.reached:
+            return ""
+        return (
+            f"no threshold reaches label.target_precision {self.target_precision:g} on "
+            f"label.calibration; the most precise is taken, with {self.precision:.2f}. Train the "
+            "teacher longer, or take another"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A labelling whose teacher and threshold are settled."""
 
@@ -35,6 +63,8 @@ class Plan:
     """The recipe's, with the teachers resolved and the threshold chosen."""
     deciding: dict[str, Any]
     """What decides which boxes a set holds (not where or how fast it is made)."""
+    gold: "Gold | None" = None
+    """With `label.calibration`."""
 
     @property
     def stamp(self) -> dict[str, str]:
@@ -43,7 +73,11 @@ class Plan:
 
 
 def stamp_of(deciding: dict[str, Any]) -> dict[str, str]:
-    return {"teacher": deciding["teacher"], "label_settings": storage.digest(deciding)}
+    return {
+        "teacher": deciding["teacher"],
+        "parser": deciding["parser"],
+        "label_settings": storage.digest(deciding),
+    }
 
 
 def what_decides(settings: LabelConfig) -> dict[str, Any]:
@@ -68,11 +102,12 @@ def make_plan(config: RunConfig) -> Plan:
     teacher, *ensemble = (_resolved(config, name) for name in (given.teacher, *given.ensemble))
     settings = dataclasses.replace(given, teacher=teacher, ensemble=tuple(ensemble))
     deciding = what_decides(settings)
+    gold = None
     if given.calibration:
-        threshold = _calibrated(config, settings, deciding)
-        settings = dataclasses.replace(settings, score_threshold=threshold)
-        deciding["score_threshold"] = threshold
-    return Plan(config=config, settings=settings, deciding=deciding)
+        gold = _calibrated(config, settings, deciding)
+        settings = dataclasses.replace(settings, score_threshold=gold.threshold)
+        deciding["score_threshold"] = gold.threshold
+    return Plan(config=config, settings=settings, deciding=deciding, gold=gold)
 
 
 def _check_inputs(config: RunConfig) -> None:
@@ -96,7 +131,7 @@ def _resolved(config: RunConfig, name: str) -> str:
         raise DataError(f"label.teacher: {error}{cure}") from error
 
 
-def _calibrated(config: RunConfig, settings: LabelConfig, deciding: dict[str, Any]) -> float:
+def _calibrated(config: RunConfig, settings: LabelConfig, deciding: dict[str, Any]) -> Gold:
     """The lowest threshold that reaches `label.target_precision` on the gold set.
 
     The choice is written to RUN/labels/threshold.json with its precision-recall curve and reused.
@@ -111,7 +146,7 @@ def _calibrated(config: RunConfig, settings: LabelConfig, deciding: dict[str, An
     gold = open_shard_set(config.set_url(settings.calibration))
     key = storage.digest([gold.digest, settings.target_precision, deciding])
     if storage.exists(url) and (known := storage.read_json(url))["key"] == key:
-        return float(known["threshold"])
+        return _gold(known)
     floor = dataclasses.replace(settings, score_threshold=CALIBRATION_FLOOR, keep_empty=False)
     tasks = [ShardTask(number=number) for number in range(len(gold.shards))]
     at_floor = {key: getattr(floor, key) for key in DECIDING}
@@ -120,46 +155,62 @@ def _calibrated(config: RunConfig, settings: LabelConfig, deciding: dict[str, An
     labelled = [record for _, records in results for record in records]
     judged = judge_labels(labelled, iterate_records(gold.url))
     chosen = choose_threshold(judged, settings.target_precision)
-    storage.write_json(url, {"key": key, **dataclasses.asdict(chosen)})
-    return chosen.threshold
+    found = dataclasses.asdict(chosen)
+    storage.write_json(url, {"key": key, **found})
+    return _gold(found)
+
+
+def _gold(found: dict[str, Any]) -> Gold:
+    return Gold(**{field.name: found[field.name] for field in dataclasses.fields(Gold)})
 
 
 def gold_quality(config: RunConfig) -> dict[str, float]:
     """Of the teacher's labels on `label.calibration`: threshold, precision, recall and their F1."""
-    make_plan(config)
-    found = storage.read_json(storage.join(config.run_dir, "labels", "threshold.json"))
-    quality = {key: float(found[key]) for key in ("threshold", "precision", "recall")}
+    found = make_plan(config).gold
+    assert found is not None, "rounds have label.calibration"
+    quality = {key: getattr(found, key) for key in ("threshold", "precision", "recall")}
     both = quality["precision"] + quality["recall"]
     return {**quality, "f1": 2 * quality["precision"] * quality["recall"] / both if both else 0.0}
 
 
-def claim(plan: Plan, pairs: "ShardSet", out: str) -> None:
-    """Write down what decides the set's content; ConfigError when it was begun with other settings.
-
-    The message names each setting that differs. A claim without a committed shard gives way.
-    """
+def check_claim(plan: Plan, pairs: "ShardSet", out: str) -> None:
+    """ConfigError when the set was begun with other settings, each that differs named; a look that
+    touches nothing."""
     url, commits = storage.join(out, SETTINGS), storage.list_names(storage.join(out, "commits"))
-    begun = any(name.endswith(".json") for name in commits)
-    if begun and not storage.exists(url):
+    if not any(name.endswith(".json") for name in commits):
+        return
+    if not storage.exists(url):
         raise ConfigError(
             f"{out} holds shards but no {SETTINGS}: `glipv2 label` did not make them, or it was "
             "deleted; choose another output set, or delete that folder to label again"
         )
-    written = storage.canonical_json({"input": pairs.digest, **plan.deciding})
-    storage.create_once(url, written)
-    mine, there = json.loads(written), storage.read_json(url)
+    mine, there = json.loads(_claim_of(plan, pairs)), storage.read_json(url)
     differing = [
         f"  {key}: {there.get(key)!r} there, {mine.get(key)!r} now"
         for key in sorted({*there, *mine})
         if there.get(key) != mine.get(key)
     ]
-    if differing and begun:
+    if differing:
         raise ConfigError(
             f"{out} was labelled with other settings:\n" + "\n".join(differing) + "\n"
             "choose another output set, or delete that folder to label again"
         )
-    if differing:
-        storage.write_bytes(url, written)
+
+
+def claim(plan: Plan, pairs: "ShardSet", out: str) -> None:
+    """Write down what decides the set's content; ConfigError when it was begun with other settings.
+
+    A claim without a committed shard gives way.
+    """
+    check_claim(plan, pairs, out)
+    url, mine = storage.join(out, SETTINGS), _claim_of(plan, pairs)
+    if not storage.create_once(url, mine) and storage.read_bytes(url) != mine:
+        check_claim(plan, pairs, out)  # whoever was faster may have begun
+        storage.write_bytes(url, mine)
+
+
+def _claim_of(plan: Plan, pairs: "ShardSet") -> bytes:
+    return storage.canonical_json({"input": pairs.digest, **plan.deciding})
 
 
 def check_made_so(plan: Plan, out: str, shard: "ShardInfo") -> None:

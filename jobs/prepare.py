@@ -283,7 +283,8 @@ def _mapped(
     """(item, the worker's result) of each, with a progress bar that counts what items hold."""
     shown = _Shown(text, unit, total)
     if workers:
-        done = map_on_ray(make_worker, items, num_actors=workers, watch=shown.watch)
+        pool = {"num_actors": workers, "min_actors": workers}
+        done = map_on_ray(make_worker, items, **pool, watch=shown.watch)
     else:
         done = map_in_process(make_worker, items, shown.watch)
     try:

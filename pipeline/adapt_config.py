@@ -49,6 +49,7 @@ class AdaptConfig:
             values = getattr(self, key)
             right = len(set(values)) == len(values) > 0 and min(values) >= 0
             require(right, f"adapt.{key}", "different numbers, 0 or more", values)
-        for key in ("epochs", "gpus_per_task", "cpus_per_task"):
+        for key in ("epochs", "gpus_per_task"):
             require(getattr(self, key) >= 0, f"adapt.{key}", "0 or more", getattr(self, key))
+        require(self.cpus_per_task > 0, "adapt.cpus_per_task", "positive", self.cpus_per_task)
         require(self.num_tasks > 0, "adapt.num_tasks", "positive", self.num_tasks)

@@ -232,8 +232,8 @@ class LabelConfig:
         for key in ("score_threshold", "cross_phrase_nms"):
             value = getattr(self, key)
             require(0 <= value <= 1, f"label.{key}", "between 0 and 1", value)
-        for key in ("gpus_per_actor", "cpus_per_actor"):
-            require(getattr(self, key) >= 0, f"label.{key}", "0 or more", getattr(self, key))
+        require(self.gpus_per_actor >= 0, "label.gpus_per_actor", "0 or more", self.gpus_per_actor)
+        require(self.cpus_per_actor > 0, "label.cpus_per_actor", "positive", self.cpus_per_actor)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,11 @@ kept failing; `storage` explains them.
 import contextlib
 import errno
 import io
+import logging
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, BinaryIO, cast
 from uuid import uuid4
@@ -18,7 +20,7 @@ import fsspec
 
 from glipv2.model.urls import scheme_of
 from glipv2.pipeline.errors import DataError
-from glipv2.pipeline.retries import retried, s3_client_config, upload_limit
+from glipv2.pipeline.retries import reason, retried, s3_client_config, upload_limit
 
 PART = 50 * 2**20
 """S3 objects of twice this size and more are sent in parts, several at once."""
@@ -27,6 +29,7 @@ PIECE = 16 * 2**20
 OWNER = "glipv2-owner"
 """Metadata of an S3 object made by `create`: whose it is."""
 _memory_lock = threading.Lock()
+log = logging.getLogger(__name__)
 
 
 def size(url: str) -> int:
@@ -123,6 +126,38 @@ def entries(url: str) -> dict[str, int | None]:
     }
 
 
+def age(url: str) -> float:
+    """Seconds since the file was written, by the store's clock and ours."""
+    written = retried(url, "looked up", lambda: _store(url).modified(url))
+    return time.time() - float(written.timestamp())
+
+
+def drop_uploads(url: str, spare_s: float) -> tuple[int, int]:
+    """Remove parts of files directly in a folder that never became whole: unseen, but paid for.
+
+    How many uploads that were, and how many are left because they began less than `spare_s` ago.
+    Of stores other than S3, which drop such parts themselves after some days, none. A store that
+    knows no such request, or doesn't allow it to all who may write, costs no more than a warning.
+    """
+    if scheme_of(url) != "s3":
+        return 0, 0
+    store = _store(url)
+    bucket, folder, _ = store.split_path(url.rstrip("/") + "/")
+    dropped = spared = 0
+    try:
+        for upload in retried(url, "listed", lambda: list(_unfinished(store, bucket, folder))):
+            if "/" in upload["Key"].removeprefix(folder):
+                continue
+            if time.time() - upload["Initiated"].timestamp() < spare_s:
+                spared += 1
+                continue
+            retried(url, "tidied", partial(_abort, store, bucket, upload))
+            dropped += 1
+    except OSError as error:
+        log.warning("%s: parts of uploads that were cut off can't go: %s", url, reason(error))
+    return dropped, spared
+
+
 def tree(url: str) -> dict[str, int]:
     """Path below the folder -> bytes of every file in it and its folders; empty when absent."""
     store = _store(url)
@@ -187,10 +222,26 @@ def _drop_parts(url: str) -> None:
     """Remove parts of uploads to this name that never became an object: unseen, but paid for."""
     store = _store(url)
     bucket, key, _ = store.split_path(url)
-    found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key)
-    for unfinished in found.get("Uploads", []):
-        if unfinished["Key"] == key:
-            store.abort_mpu(bucket, key, unfinished["UploadId"])
+    for upload in _unfinished(store, bucket, key):
+        if upload["Key"] == key:
+            _abort(store, bucket, upload)
+
+
+def _abort(store: Any, bucket: str, upload: dict[str, Any]) -> None:
+    with contextlib.suppress(FileNotFoundError):  # it has just become whole, or was aborted
+        store.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+
+
+def _unfinished(store: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+    """Uploads in parts to names that begin so."""
+    place: dict[str, str] = {}
+    while True:
+        found = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **place)
+        yield from found.get("Uploads", [])
+        if not found.get("IsTruncated"):
+            return
+        markers = ("KeyMarker", "UploadIdMarker")  # some stores give the second only
+        place = {name: found[f"Next{name}"] for name in markers if found.get(f"Next{name}")}
 
 
 def _is_marker(name: str, url: str) -> bool:

@@ -5,6 +5,8 @@ import os
 import secrets
 import socket
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from glipv2.pipeline.errors import ConfigError
@@ -13,7 +15,8 @@ from glipv2.pipeline.errors import ConfigError
 def start_ray(num_cpus: int, show_workers: bool = False) -> None:
     """Join the cluster that RAY_ADDRESS names, or start a private one on this machine.
 
-    With `show_workers` what they print appears here as well.
+    A private one has as many CPUs as the machine, or `num_cpus` if those are more: what can't be
+    done with fewer. With `show_workers` what workers print appears here as well.
     """
     existing = bool(os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -27,6 +30,7 @@ def start_ray(num_cpus: int, show_workers: bool = False) -> None:
     if ray.is_initialized():
         return
     own: dict[str, Any] = {
+        "address": "local",  # Ray would join what somebody has started on this machine
         "num_cpus": max(num_cpus, os.cpu_count() or 1),
         "object_store_memory": 200 << 20,
         "include_dashboard": False,
@@ -64,10 +68,29 @@ def is_private() -> bool:
 
 def room_for(gpus_per_actor: float, cpus_per_actor: float = 1) -> int:
     """How many such actors the cluster can hold as it is now."""
+    return room_on(_nodes(), gpus_per_actor, cpus_per_actor)
+
+
+def room_on(
+    nodes: Sequence[tuple[float, float]], gpus_per_actor: float, cpus_per_actor: float
+) -> int:
+    """How many such actors nodes of (CPUs, GPUs) hold, each on one of them."""
+    room = 0
+    for cpus, gpus in nodes:
+        here = int(cpus / cpus_per_actor)
+        room += min(here, int(gpus / gpus_per_actor)) if gpus_per_actor else here
+    return room
+
+
+def node_sizes() -> str:
+    """What the cluster is made of: "2 x 7 CPUs and 1 GPUs, 1 x 4 CPUs and 0 GPUs"."""
+    sizes = Counter(_nodes()).items()
+    return ", ".join(f"{n} x {cpus:g} CPUs and {gpus:g} GPUs" for (cpus, gpus), n in sizes)
+
+
+def _nodes() -> list[tuple[float, float]]:
+    """CPUs and GPUs of each node that is alive."""
     import ray
 
-    resources = ray.cluster_resources()
-    room = int(resources.get("CPU", 1) / cpus_per_actor)
-    if gpus_per_actor:
-        room = min(room, int(resources.get("GPU", 0) / gpus_per_actor))
-    return room
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(own.get("CPU", 0.0), own.get("GPU", 0.0)) for own in alive]

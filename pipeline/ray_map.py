@@ -6,6 +6,7 @@ which part of an item kills its worker (Ray retries a task that ran out of memor
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from glipv2.pipeline.errors import ConfigError, MachinesLostError, PoisonItemError
-from glipv2.pipeline.ray_cluster import is_private, room_for, start_ray
+from glipv2.pipeline.ray_cluster import is_private, node_sizes, room_for, start_ray
 from glipv2.pipeline.worker_notes import Notes, Watch, notes_to, notes_to_actor
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
     Items are taken when a worker is free for them, so any number of them needs little memory. Each
     worker calls `make_worker()` once. `min_actors` are asked for at once, more up to `num_actors`
     while items wait, as many again as there are each time: a cluster that can grow then does, on
-    one that can't the rest stays pending. Workers with nothing left to do are ended.
+    one that can't the rest stays pending. On this machine alone there are no more than its CPUs
+    serve, but for `min_actors`. Workers with nothing left to do are ended.
 
     A worker that dies is replaced and its item tried again, or what `after_kill` says instead; when
     that is None the item is given up, and PoisonItemError raised at the end. One that dies because
@@ -79,7 +81,7 @@ def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
     waiting = _Waiting(items)
     if not waiting:
         return
-    start_ray(num_actors)
+    start_ray(math.ceil(min_actors * cpus_per_actor))
     pool = _Pool(make_worker, gpus_per_actor, cpus_per_actor, notes=bool(after_kill or watch))
     most = _most_actors(num_actors, gpus_per_actor, cpus_per_actor)
     retry = after_kill or try_again
@@ -310,21 +312,19 @@ def _result(reference: Any) -> Any:
 
 def _most_actors(num_actors: int, gpus: float, cpus: float) -> int:
     """No more than a cluster that never grows can hold."""
-    import ray
-
     room = room_for(gpus, cpus)
     if room < 1 and is_private():
         raise ConfigError(
             f"the Ray cluster has no room for an actor with {gpus:g} GPUs and {cpus:g} CPUs: "
-            f"{ray.cluster_resources()}"
+            f"it has {node_sizes()}"
         )
     if room < 1:
         log.warning(
-            "the Ray cluster has no room yet for an actor with %g GPUs and %g CPUs; waiting for "
-            "it to grow (it has %s)",
+            "no node of the Ray cluster has room for an actor with %g GPUs and %g CPUs; waiting "
+            "for one that has (nodes: %s)",
             gpus,
             cpus,
-            ray.cluster_resources(),
+            node_sizes(),
         )
     return min(num_actors, room) if is_private() else num_actors
 

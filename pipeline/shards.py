@@ -3,14 +3,17 @@
 A shard is committed like this, and every step may be cut off or happen twice, on any machine:
 build the tar locally -> upload it as an attempt under a name of its own -> read it back -> create
 the commit record, which exactly one writer can do -> rename the winner's attempt to its final name
--> the losers delete theirs. Whoever comes next finishes a rename that was cut off.
+-> the losers delete theirs. Whoever comes next finishes a rename that was cut off. A writer may
+sleep for so long that its attempt is taken for a leftover: a commit record whose attempt is gone
+counts for nothing until the set is complete, and whoever finds it withdraws it.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from webdataset import TarWriter
@@ -52,6 +55,7 @@ __all__ = [
     "ShardSet",
     "check_shard_sizes",
     "commit_in_place",
+    "committed_names",
     "committed_shard",
     "iterate_records",
     "open_shard_set",
@@ -68,6 +72,19 @@ __all__ = [
     "write_shard_set",
 ]
 log = logging.getLogger(__name__)
+
+SPARED_S = 3600.0
+"""Age from which an attempt at a shard is taken for a leftover while its set isn't complete."""
+TRIES = 3
+"""Attempts that a writer makes when each is taken from it."""
+
+
+class Swept(NamedTuple):
+    """Leftovers of killed writers."""
+
+    removed: int
+    spared: int
+    """Too young to be sure that nobody is at work on them."""
 
 
 def write_shard_set(
@@ -123,16 +140,14 @@ def write_raw_shard(
     with scratch_folder() as folder:
         tar = folder / f"{name}.tar"
         _write_tar(tar, samples)
-        attempt = _upload_attempt(url, name, tar)
         record = _commit_record(name, tar, stats or {})
-    mine = storage.canonical_json({**record, "attempt": attempt})
-    storage.create_once(commit_url(url, name), mine)
-    committed, winner = read_commit(url, name)
-    if winner != attempt:
-        log.info("%s: another writer committed %s first", url, name)
-        storage.delete(_attempt_url(url, attempt))
-    _finish(url, committed, winner)
-    return committed
+        for _ in range(TRIES):
+            if (done := _try_to_commit(url, name, tar, record)) is not None:
+                return done
+    raise DataError(
+        f"{url}: {TRIES} attempts to write {name} were removed before they were committed; "
+        "let nothing else write or tidy there, and run the same command again"
+    )
 
 
 def commit_in_place(
@@ -161,12 +176,16 @@ def committed_shard(url: str, name: str) -> ShardInfo | None:
     """The shard if it is committed, after finishing a commit that was cut off; else None."""
     if not NAME.fullmatch(name):
         raise DataError(f"{name!r} is no shard name (letters, digits, - and _)")
-    try:
-        committed, winner = read_commit(url, name)
-    except storage.MissingFileError:
-        return None
-    _finish(url, committed, winner)
-    return committed
+    settled = _settled(url, name)
+    return settled[0] if settled else None
+
+
+def committed_names(url: str) -> set[str]:
+    """Names of the committed shards, cut off or not; a look that touches nothing."""
+    names = _named(url, "commits", ".json")
+    unfinished = names - _named(url, "", ".tar")
+    winners = {name: _attempt_url(url, read_commit(url, name)[1]) for name in unfinished}
+    return names - {name for name, attempt in winners.items() if not storage.exists(attempt)}
 
 
 def write_manifest(
@@ -183,20 +202,42 @@ def write_manifest(
     return open_shard_set(url)
 
 
-def remove_attempts(url: str) -> int:
-    """Delete what killed writers left in a set's folder; how many files that were.
+def remove_attempts(url: str) -> Swept:
+    """Delete what killed writers left in a set's folder: files, and unlisted parts on a store.
 
-    A writer that is still at work then fails and can be run again.
+    In a complete set that is everything. In others a commit that was cut off is finished first, and
+    what is younger than SPARED_S stays: its writer may be at work. One that is all the same, after
+    a longer sleep, notices and makes another attempt.
     """
-    attempts = storage.join(url, "attempts")
-    cut_off = [name for name in storage.list_names(url) if name.startswith(storage.ATTEMPT)]
-    leftovers = [
-        *(storage.join(attempts, name) for name in storage.list_names(attempts)),
-        *(storage.join(url, name) for name in cut_off),
-    ]
-    for leftover in leftovers:
-        storage.delete(leftover)
-    return len(leftovers)
+    complete = storage.exists(storage.join(url, MANIFEST))
+    if not complete:
+        for name in _named(url, "commits", ".json") - _named(url, "", ".tar"):
+            committed_shard(url, name)
+    spare_s, removed, spared = 0.0 if complete else SPARED_S, 0, 0
+    for folder in (url, storage.join(url, "attempts"), storage.join(url, "commits")):
+        for name in storage.list_names(folder):
+            if name.startswith(storage.ATTEMPT) or folder.endswith("/attempts"):
+                gone = _remove_old(storage.join(folder, name), spare_s)
+                removed, spared = removed + gone, spared + (not gone)
+        dropped, left = storage.drop_uploads(folder, spare_s)
+        removed, spared = removed + dropped, spared + left
+    return Swept(removed, spared)
+
+
+def _remove_old(url: str, spare_s: float) -> bool:
+    """Delete the file unless it is younger; whether it is gone."""
+    with contextlib.suppress(storage.MissingFileError):
+        if spare_s and storage.age(url) < spare_s:
+            return False
+    storage.delete(url)
+    return True
+
+
+def _named(url: str, folder: str, extension: str) -> set[str]:
+    """What stands before the extension in the names of a folder of the set."""
+    names = storage.list_names(storage.join(url, folder) if folder else url)
+    stems = {name.removesuffix(extension) for name in names if name.endswith(extension)}
+    return {stem for stem in stems if NAME.fullmatch(stem)}
 
 
 def _checked_members(record: Record) -> RawSample:
@@ -229,14 +270,31 @@ def _tar_crc32c(records: list[Record]) -> str:
         return storage.file_crc32c(str(tar))
 
 
-def _upload_attempt(url: str, name: str, tar: Path) -> str:
+def _try_to_commit(url: str, name: str, tar: Path, record: dict[str, Any]) -> ShardInfo | None:
+    """Commit a tar unless another writer was first; None when somebody took the attempt away."""
     attempt = f"{name}-{uuid4().hex}"
-    target = _attempt_url(url, attempt)
+    try:
+        _upload(tar, _attempt_url(url, attempt))
+        mine = storage.canonical_json({**record, "attempt": attempt})
+        storage.create_once(commit_url(url, name), mine)
+    except storage.MissingFileError as error:
+        log.info("%s: an attempt at %s was removed: %s", url, name, error)
+    settled = _settled(url, name)
+    if settled is None or settled[1] != attempt:
+        storage.delete(_attempt_url(url, attempt))
+    if settled is None:
+        return None
+    committed, winner = settled
+    if winner != attempt:
+        log.info("%s: another writer committed %s first", url, name)
+    return committed
+
+
+def _upload(tar: Path, target: str) -> None:
     storage.upload(tar, target)
     sent, arrived = storage.file_crc32c(str(tar)), storage.file_crc32c(target)
     if sent != arrived:
         raise DataError(f"{target} reads back with crc32c {arrived} instead of {sent}; try again")
-    return attempt
 
 
 def _commit_record(name: str, tar: Path, stats: dict[str, Any]) -> dict[str, Any]:
@@ -262,16 +320,41 @@ def _attempt_url(url: str, attempt: str) -> str:
     return storage.join(url, "attempts", f"{attempt}.tar")
 
 
-def _finish(url: str, committed: ShardInfo, winner: str) -> None:
-    """Bring the committed attempt to its final name; any number of callers may do it at once."""
+def _settled(url: str, name: str) -> tuple[ShardInfo, str] | None:
+    """The committed shard under its final name, and the attempt that won; None without a commit.
+
+    A commit whose shard and attempt are both gone is withdrawn. Not from a complete set: there it
+    is damage, of which whoever reads the set has to hear.
+    """
+    try:
+        committed, winner = read_commit(url, name)
+    except storage.MissingFileError:
+        return None
+    if _finish(url, committed, winner):
+        return committed, winner
+    if storage.exists(storage.join(url, MANIFEST)):
+        raise DataError(
+            f"{shard_url(url, name)}: its commit record exists, but the shard and its attempt are "
+            f"gone; delete {commit_url(url, name)} and run the same command again"
+        )
+    log.warning("%s: %s was committed, but its file is gone: it is made again", url, name)
+    with contextlib.suppress(storage.MissingFileError):
+        if read_commit(url, name)[1] == winner:  # else somebody has withdrawn it, and made another
+            storage.delete(commit_url(url, name))
+    return None
+
+
+def _finish(url: str, committed: ShardInfo, winner: str) -> bool:
+    """Bring the committed attempt to its final name; any number of callers may do it at once.
+
+    False when there is neither.
+    """
     final, attempt = shard_url(url, committed.name), _attempt_url(url, winner)
     if not storage.exists(final):
         try:
             storage.move(attempt, final)
-        except storage.MissingFileError as error:
+        except storage.MissingFileError:
             if not storage.exists(final):  # not just another caller who was faster
-                raise DataError(
-                    f"{final}: its commit record exists, but the shard and its attempt are gone; "
-                    f"delete {commit_url(url, committed.name)} and run the same command again"
-                ) from error
+                return False
     storage.delete(attempt)
+    return True

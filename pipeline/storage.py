@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,6 +56,14 @@ def size(url: str) -> int:
         if is_local(url):
             return os.stat(local_path(url)).st_size
         return object_store.size(url)
+
+
+def age(url: str) -> float:
+    """Seconds since the file was written."""
+    with _explained(url):
+        if is_local(url):
+            return time.time() - os.stat(local_path(url)).st_mtime
+        return object_store.age(url)
 
 
 def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -205,6 +214,15 @@ def delete_empty(url: str) -> None:
     if is_local(url):
         with contextlib.suppress(OSError):
             os.rmdir(local_path(url))
+
+
+def drop_uploads(url: str, spare_s: float) -> tuple[int, int]:
+    """Remove what a store holds, unlisted, of files directly in a folder whose upload was cut off.
+
+    How many they were, and how many are left because they began less than `spare_s` ago.
+    """
+    with _explained(url):
+        return (0, 0) if is_local(url) else object_store.drop_uploads(url, spare_s)
 
 
 def sizes(url: str) -> dict[str, int]:

@@ -10,6 +10,8 @@ import ray
 import yaml
 
 from glipv2.jobs.cli import parse
+from glipv2.pipeline.config_loader import load_config
+from glipv2.pipeline.ray_cluster import room_on
 
 CLUSTER = Path(__file__).parent.parent / "infra" / "cluster"
 MANIFESTS = sorted((CLUSTER / "kubernetes").glob("*.yaml"))
@@ -84,6 +86,19 @@ def test_pods_say_what_they_need() -> None:
             assert needs.get("nvidia.com/gpu") == most.get("nvidia.com/gpu")
             mounted = {mount["name"] for mount in container.get("volumeMounts", ())}
             assert mounted == {volume["name"] for volume in pod.get("volumes", ())}
+
+
+def test_a_pod_for_labelling_holds_an_actor_of_every_labelling_recipe() -> None:
+    job = yaml.safe_load((CLUSTER / "kubernetes" / "label_on_spot.yaml").read_text())
+    [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    [container] = group["template"]["spec"]["containers"]
+    has = container["resources"]["requests"]
+    node = (float(has["cpu"]), float(has["nvidia.com/gpu"]))
+    recipes = sorted((CLUSTER.parent / "recipes").glob("label_*.yaml"))
+    assert len(recipes) > 2
+    for recipe in recipes:
+        label = load_config(str(recipe), []).label
+        assert room_on([node], label.gpus_per_actor, label.cpus_per_actor) == 1, recipe
 
 
 def test_the_image_is_built_from_what_is_there() -> None:

@@ -15,10 +15,13 @@ from untrained_teacher import save_teacher
 sys.path.insert(0, str(Path(__file__).parent))
 from in_process import without_ray
 from page_parser import shown
+from tiny_detectors import build_detector
 
 from glipv2.data_prep import noun_phrases as parser
 from glipv2.data_prep.labelling import InHand, ShardTask
 from glipv2.data_prep.noun_phrases import noun_phrases
+from glipv2.data_prep.phrases import parser_version
+from glipv2.data_prep.teachers import load_teacher, teacher_digest
 from glipv2.jobs import label_estimate, view
 from glipv2.jobs.cli import main
 from glipv2.jobs.label import Killers, label, open_labeller
@@ -28,7 +31,7 @@ from glipv2.jobs.label_report import Shown
 from glipv2.jobs.prepare import prepare_set
 from glipv2.model.grounder import Grounder
 from glipv2.pipeline import ray_map
-from glipv2.pipeline.config import PrepareConfig
+from glipv2.pipeline.config import PhraseConfig, PrepareConfig
 from glipv2.pipeline.config_loader import load_config
 from glipv2.pipeline.errors import ConfigError, DataError, MachinesLostError, PoisonItemError
 from glipv2.pipeline.images import decode_image
@@ -75,7 +78,7 @@ def config(folder, tmp_path):
 @pytest.mark.parametrize(
     "setting",
     ["score_threshold=1.5", "score_threshold=-0.1", "score_threshold=.nan", "cross_phrase_nms=1.01",
-     "cross_phrase_nms=-1", "gpus_per_actor=-1", "cpus_per_actor=-0.5"],
+     "cross_phrase_nms=-1", "gpus_per_actor=-1", "cpus_per_actor=0"],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(config, setting):
     with pytest.raises(ConfigError, match=f"label.{setting.partition('=')[0]} must be "):
@@ -209,6 +212,127 @@ def test_the_bar_says_what_it_waits_for_and_then_what_is_kept_of_everything(caps
     assert "out: 10 of 40 pairs kept (25.0%), 100 boxes, 10.0 per image" in live.closing_lines(
         "out"
     )
+
+
+@pytest.fixture
+def gold(config, folder, tmp_path):
+    """What the teacher itself finds above 0.5, as if it were the truth."""
+    name = str(tmp_path / "gold")
+    inputs = json.dumps({str(folder / "pairs"): name})
+    label(config(f"label.inputs={inputs}", "label.score_threshold=0.5", "label.max_boxes=100"))
+    (tmp_path / "run").rename(tmp_path / "run_of_gold")
+    return f"label.calibration={name}"
+
+
+def scores(url):
+    return sorted(r.score for record in iterate_records(url) for r in record.regions)
+
+
+def test_the_threshold_that_is_chosen_on_gold_is_told_and_used(config, gold, tmp_path, caplog):
+    out, asked = str(tmp_path / "out"), (gold, "label.target_precision=0.8", "label.max_boxes=100")
+    said = label(config(*asked))
+    chosen = json.loads((tmp_path / "run" / "labels" / "threshold.json").read_text())
+    threshold = chosen["threshold"]
+    assert chosen["reached"] and 0.3 < threshold < 0.5
+    told = f"threshold {threshold:.2f}: precision {chosen['precision']:.2f}, recall "
+    assert said.startswith(told) and "on gold\n" in said and caplog.text == ""
+    assert json.loads((tmp_path / "out" / "label.json").read_text())["score_threshold"] == threshold
+    kept = scores(out)
+    (tmp_path / "out").rename(tmp_path / "first")
+    assert label(config(*asked)).startswith(told)  # known from threshold.json
+    assert scores(out) == kept
+    (tmp_path / "out").rename(tmp_path / "second")
+    label(config("label.max_boxes=100"))
+    at_less = scores(out)
+    assert kept == [score for score in at_less if score >= threshold] != at_less
+
+
+@pytest.fixture(scope="module")
+def truth(folder):
+    """Gold pairs of which a teacher with random weights knows nothing."""
+    options = PrepareConfig(source="toy", set="toy_calibration", count=4, size=64, seed=2)
+    prepare_set(str(folder / "truth"), options)
+    return f"label.calibration={folder / 'truth'}"
+
+
+def test_a_precision_that_no_threshold_reaches_is_warned_of(
+    config, truth, tmp_path, caplog, capsys
+):
+    label(config(truth))
+    chosen = json.loads((tmp_path / "run" / "labels" / "threshold.json").read_text())
+    assert chosen["precision"] < 0.8 and not chosen["reached"]
+    told = "no threshold reaches label.target_precision 0.9 on label.calibration; the most precise"
+    [warning] = [r.getMessage() for r in caplog.records if r.name == "glipv2.jobs.label"]
+    assert warning.startswith(f"{told} is taken, with {chosen['precision']:.2f}")
+    print_estimate(config(truth), price=0.0)
+    said = capsys.readouterr().out
+    assert told in said and f"threshold {chosen['threshold']:.2f}: precision " in said
+
+
+def test_a_dry_run_refuses_other_settings_and_does_not_end_what_was_cut_off(
+    config, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    label(config())
+    winner = json.loads((out / "commits" / "shard-000001.json").read_text())["attempt"]
+    (out / "attempts").mkdir(exist_ok=True)
+    (out / "shard-000001.tar").rename(out / "attempts" / f"{winner}.tar")
+    (out / "attempts" / "shard-000002-ab.tar").write_bytes(b"half")
+    for name in ("dataset.json", "shard-000002.tar"):
+        (out / name).unlink()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    print_estimate(config(), price=0.0)
+    assert f"{PAIRS} pairs in {SHARDS} shards, of which 2 are done" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="max_boxes: 20 there, 7 now"):
+        print_estimate(config("label.max_boxes=7"), price=0.0)
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert after == before
+
+
+@pytest.fixture(scope="module")
+def detectors(folder):
+    """Of two families of transformers, with random weights."""
+    return [f"hf:{build_detector(k, folder / k)}" for k in ("grounding-dino", "owlv2")]
+
+
+def best_of(records):
+    return [max(region.score for region in record.regions) for record in records]
+
+
+def asked_directly(detectors, records):
+    """The best score of each record's image when the teachers are asked by hand."""
+    teacher = load_teacher(detectors)
+    prompts = [
+        (record.caption, [[(p.start, p.end)] for p in noun_phrases(record.caption)])
+        for record in records
+    ]
+    found = teacher.ground([decode_image(record.image) for record in records], prompts)
+    return [float(detection.scores_K.max()) for detection in found]
+
+
+def test_an_ensemble_of_foreign_teachers_labels_with_a_threshold_of_its_own(
+    config, truth, detectors, tmp_path
+):
+    first, second = detectors
+    both = (truth, f"label.teacher={first}", f"label.ensemble=[{second}]", "label.max_boxes=100")
+    plan = make_plan(config(*both))
+    assert plan.stamp["teacher"] == teacher_digest(detectors)
+    assert plan.stamp["parser"] == parser_version(PhraseConfig())
+    said = label(config(*both))
+    assert said.startswith(str(plan.gold))
+    labelled = open_shard_set(str(tmp_path / "out"))
+    assert plan.stamp.items() <= labelled.info.items()
+    assert all(plan.stamp.items() <= shard.stats.items() for shard in labelled.shards)
+    records = list(iterate_records(labelled.url))
+    assert len(records) > PAIRS / 2
+    for record in records:
+        assert plan.stamp.items() <= record.provenance.items()
+        for region in record.regions:
+            assert region.score >= plan.gold.threshold
+            assert region.phrase == " ".join(record.caption[a:b] for a, b in region.spans)
+    assert best_of(records) == pytest.approx(asked_directly(detectors, records), abs=1e-3)
+    with pytest.raises(ConfigError, match="  teacher: '.*' there, '.*' now"):
+        label(config(truth, f"label.teacher={first}", "label.max_boxes=100"))
 
 
 def test_a_dry_run_tells_the_sample_it_took(config, tmp_path, capsys):

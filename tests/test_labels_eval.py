@@ -1,5 +1,8 @@
 """Quality of pseudo labels and the choice of a threshold, against figures worked out by hand."""
 
+import tracemalloc
+from dataclasses import replace
+
 import pytest
 
 from glipv2.eval.labels import (
@@ -102,6 +105,21 @@ def test_other_captions_are_compared_by_the_head_word_of_the_phrase():
     assert quality([label], [TRUTH]) == (1.0, 1.0)  # no circle, no star in this caption
     label = pair("k", (A, (4, 14), 0.9), caption="the red circle")  # "red circle" on the square
     assert quality([label], [TRUTH]) == (0.0, 0.0)
+
+
+def test_the_pictures_of_the_truth_are_not_kept_in_memory():
+    picture = 200_000
+
+    def truth():
+        for number in range(50):
+            yield replace(TRUTH, key=f"k{number}", image=bytes(picture))
+
+    tracemalloc.start()
+    judged = judge_labels([replace(TRUTH, key="k7")], truth())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert judged.pairs == 50
+    assert peak < 5 * picture
 
 
 def test_labels_of_unknown_images_are_refused():

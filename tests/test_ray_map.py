@@ -17,10 +17,15 @@ from glipv2.pipeline.worker_notes import note
 
 
 @pytest.fixture(scope="module", autouse=True)
-def stop_ray_at_the_end() -> Iterator[None]:
-    yield
+def ray_with_a_gpu() -> Iterator[None]:
+    """One that is declared only."""
     import ray
 
+    cpus = max(2, os.cpu_count() or 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # where it is empty Ray refuses
+        ray.init("local", num_cpus=cpus, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    yield
     ray.shutdown()
 
 
@@ -110,7 +115,8 @@ def test_more_actors_than_the_cluster_has_room_for_are_not_waited_for(tmp_path: 
 
 def test_actors_that_the_cluster_can_never_hold_are_refused(tmp_path: Path) -> None:
     make = ship(make_reporter, tmp_path)
-    with pytest.raises(ConfigError, match="no room for an actor with 1000 GPUs"):
+    told = r"no room for an actor with 1000 GPUs and 1 CPUs: it has 1 x \d+ CPUs and 1 GPUs"
+    with pytest.raises(ConfigError, match=told):
         list(map_on_ray(make, [1], num_actors=1, gpus_per_actor=1000))  # type: ignore[arg-type]
 
 
@@ -167,6 +173,12 @@ def test_the_pool_grows_while_items_wait_and_never_past_its_most(tmp_path: Path)
     (few := tmp_path / "few").mkdir()
     make = ship(make_crowded, few)
     assert max(n for _, n in map_on_ray(make, [1] * 6, num_actors=1)) == 1  # type: ignore[arg-type]
+
+
+def test_two_actors_of_half_a_gpu_share_one_and_no_third_does(tmp_path: Path) -> None:
+    share = {"num_actors": 3, "min_actors": 3, "gpus_per_actor": 0.5, "cpus_per_actor": 0.1}
+    done = [n for _, n in map_on_ray(ship(make_crowded, tmp_path), [2] * 4, **share)]  # type: ignore[arg-type]
+    assert done == [2] * 4
 
 
 def make_stillborn(folder: str) -> Callable[[int], int]:

@@ -1,5 +1,8 @@
 """Commits, files of many parts and commands on a real S3 server that fails in every way."""
 
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +16,13 @@ from s3fs import S3FileSystem
 
 from glipv2.data_prep.toy import toy_categories, toy_records
 from glipv2.jobs.cli import main
-from glipv2.pipeline import object_store, retries, storage
+from glipv2.pipeline import object_store, retries, shards, storage
 from glipv2.pipeline.errors import ConfigError, DataError, StoreError
 from glipv2.pipeline.shards import (
     committed_shard,
     iterate_records,
     open_shard_set,
+    remove_attempts,
     write_shard_set,
 )
 
@@ -158,6 +162,72 @@ def unfinished(s3_bare: S3FileSystem, url: str) -> list[str]:
     bucket, key, _ = s3_bare.split_path(url)
     found = s3_bare.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key)
     return [upload["UploadId"] for upload in found.get("Uploads", [])]
+
+
+UPLOADER = """
+import sys
+from glipv2.pipeline import object_store, storage
+
+object_store.PART = 5 * 2**20
+storage.upload(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_parts_of_killed_writers_are_removed_when_they_are_old_or_the_set_is_complete(
+    s3_folder: str,
+    s3_proxy: Proxy,
+    s3_bare: S3FileSystem,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "large").write_bytes(bytes(11 * MB))
+    url, other = storage.join(s3_folder, "set"), storage.join(s3_folder, "set_2")
+    attempt = storage.join(url, "attempts", "shard-000000-ab.tar")
+    s3_proxy.set(Rule("503", "PUT", "partNumber=3", times=10**6))
+    writer = subprocess.Popen([sys.executable, "-c", UPLOADER, str(tmp_path / "large"), attempt])
+    deadline = time.monotonic() + 60
+    while not s3_proxy.hits:
+        assert writer.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    writer.kill()
+    writer.wait()
+    s3_proxy.set()
+
+    def begin(name: str) -> None:
+        bucket, key, _ = s3_bare.split_path(name)
+        s3_bare.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+
+    begin(storage.join(other, "attempts", "x.tar"))
+    begin(storage.join(url, "nested", "x.tar"))
+    kept = len(unfinished(s3_bare, f"{other}/")), len(unfinished(s3_bare, f"{url}/nested/"))
+    assert len(unfinished(s3_bare, attempt)) == 1 and kept == (1, 1)
+    assert remove_attempts(url) == (0, 1)
+    assert len(unfinished(s3_bare, attempt)) == 1
+    s3_proxy.set(Rule("503", "GET", "uploads"), Rule("503", "DELETE", "uploadId"))
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "SPARED_S", 0.0)
+        assert remove_attempts(url) == (1, 0)
+    assert s3_proxy.hits == 2
+    assert unfinished(s3_bare, attempt) == []
+    begin(attempt)
+    begin(storage.join(url, "shard-000000.tar"))
+    make_set(url)
+    assert unfinished(s3_bare, f"{url}/attempts") == unfinished(s3_bare, f"{url}/shard") == []
+    assert (
+        len(unfinished(s3_bare, f"{other}/")),
+        len(unfinished(s3_bare, f"{url}/nested/")),
+    ) == kept
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("answer", ["403", "501"])
+def test_a_store_that_lists_no_uploads_takes_shard_sets_all_the_same(
+    answer: str, s3_folder: str, s3_proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    s3_proxy.set(Rule(answer, "GET", "uploads", times=10**6))
+    make_set(storage.join(s3_folder, "set"))
+    assert s3_proxy.hits > 0
+    assert "set/attempts: parts of uploads that were cut off can't go: " in caplog.text
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -202,6 +203,138 @@ def test_a_commit_whose_files_are_gone_is_an_error_with_its_cure(folder):
     storage.delete(storage.join(folder, "shard-000001.tar"))
     with pytest.raises(DataError, match=r"delete .*commits/shard-000001\.json and run"):
         shards.committed_shard(folder, "shard-000001")
+
+
+def leave(url, *names):
+    """What a killed writer leaves, by its path in the set."""
+    for name in names:
+        storage.write_bytes(storage.join(url, name), b"half")
+
+
+def test_leftovers_of_a_set_in_the_making_are_removed_when_they_are_old(tmp_path):
+    url = str(tmp_path)
+    done = shards.write_shard(url, "shard-000000", records(2))
+    old = (
+        "attempts/shard-000001-ab.tar",
+        "attempts/.attempt-a",
+        ".attempt-b",
+        "commits/.attempt-c",
+    )
+    young = ("attempts/shard-000001-cd.tar", "commits/.attempt-d")
+    leave(url, *old, *young)
+    for name in old:
+        os.utime(tmp_path / name, (1e9, 1e9))
+    assert shards.remove_attempts(url) == (len(old), len(young))
+    left = {str(path.relative_to(url)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"shard-000000.tar", "commits/shard-000000.json", *young}
+    shards.write_manifest(url, [done], CATEGORIES, {})
+    left = {str(path.relative_to(url)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"shard-000000.tar", "commits/shard-000000.json", "dataset.json"}
+    leave(url, *young)
+    assert shards.remove_attempts(url) == (len(young), 0)
+
+
+def cut_off_before(monkeypatch, act, url, **writing):
+    """A writer of shard-000000 that is killed before its first such act."""
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, act, killed)
+        with pytest.raises(Killed):
+            shards.write_shard(url, "shard-000000", records(3), **writing)
+
+
+def test_a_commit_that_was_cut_off_is_finished_and_not_swept_away(folder, monkeypatch):
+    monkeypatch.setattr(shards, "SPARED_S", 0.0)
+    cut_off_before(monkeypatch, "move", folder)
+    assert shards.remove_attempts(folder) == (0, 0)
+    assert storage.list_names(folder)[-1] == "shard-000000.tar"
+    shard = shards.committed_shard(folder, "shard-000000")
+    assert shard is not None and shard.samples == 3
+
+
+def test_a_look_at_what_is_committed_touches_nothing(folder, monkeypatch):
+    assert shards.committed_names(folder) == set()
+    shards.write_shard(folder, "shard-000001", records(3))
+    cut_off_before(monkeypatch, "move", folder)
+    leave(folder, "attempts/shard-000002-ab.tar", "commits/.attempt-a")
+    before = storage.tree_sizes(folder)
+    assert shards.committed_names(folder) == {"shard-000000", "shard-000001"}
+    [winner] = [name for name in before if name.startswith("attempts/shard-000000")]
+    assert storage.tree_sizes(folder) == before
+    storage.delete(storage.join(folder, winner))
+    assert shards.committed_names(folder) == {"shard-000001"}
+    assert storage.exists(storage.join(folder, "commits", "shard-000000.json"))
+
+
+def test_a_commit_whose_attempt_was_swept_away_is_made_again(folder, monkeypatch):
+    monkeypatch.setattr(shards, "SPARED_S", 0.0)
+    whole = shards.write_shard(storage.join(folder, "undisturbed"), "shard-000000", records(3))
+    cut_off_before(monkeypatch, "move", folder)
+    [attempt] = storage.list_names(storage.join(folder, "attempts"))
+    storage.delete(storage.join(folder, "attempts", attempt))
+    assert shards.committed_shard(folder, "shard-000000") is None
+    assert storage.list_names(storage.join(folder, "commits")) == []
+    assert shards.write_shard(folder, "shard-000000", records(3)) == whole
+
+
+@pytest.mark.parametrize("act", ["file_crc32c", "create_once"])
+@pytest.mark.parametrize("rival", [False, True])
+def test_a_writer_that_sleeps_while_its_attempt_is_swept_away_makes_another(
+    folder, monkeypatch, act, rival
+):
+    """A rival commits the same shard meanwhile, or nobody does."""
+    monkeypatch.setattr(shards, "SPARED_S", 0.0)
+    real, slept, swept = getattr(storage, act), [], []
+
+    def sleep_first(url, *data):
+        if not slept and url.startswith(folder):
+            slept.append(url)
+            if rival:
+                shards.write_shard(folder, "shard-000000", records(3))
+            swept.append(shards.remove_attempts(folder))
+        return real(url, *data)
+
+    monkeypatch.setattr(storage, act, sleep_first)
+    shard = shards.write_shard(folder, "shard-000000", records(3))
+    assert swept == [(1, 0)]
+    assert shards.committed_shard(folder, "shard-000000") == shard
+    assert storage.file_crc32c(storage.join(folder, "shard-000000.tar")) == shard.crc32c
+    assert set(storage.tree_sizes(folder)) == {"shard-000000.tar", "commits/shard-000000.json"}
+
+
+def test_a_writer_that_finds_a_dead_commit_replaces_it(folder, monkeypatch):
+    """A sleeper wakes after its attempt was swept away, commits, and is killed; a rival is at work
+    on the same shard all the while."""
+    monkeypatch.setattr(shards, "SPARED_S", 0.0)
+    real, woken = storage.create_once, []
+
+    def wake_sleeper(url, data):
+        if not woken:
+            woken.append(real(url, json.dumps({**json.loads(data), "attempt": "gone"}).encode()))
+        return real(url, data)
+
+    monkeypatch.setattr(storage, "create_once", wake_sleeper)
+    shard = shards.write_shard(folder, "shard-000000", records(3))
+    assert woken == [True]
+    assert shards.committed_shard(folder, "shard-000000") == shard
+    assert set(storage.tree_sizes(folder)) == {"shard-000000.tar", "commits/shard-000000.json"}
+
+
+def test_a_writer_whose_every_attempt_is_taken_away_gives_up(folder, monkeypatch):
+    monkeypatch.setattr(shards, "SPARED_S", 0.0)
+    real = storage.create_once
+
+    def sweep_first(url, data):
+        shards.remove_attempts(folder)
+        return real(url, data)
+
+    monkeypatch.setattr(storage, "create_once", sweep_first)
+    with pytest.raises(DataError, match="3 attempts to write shard-000000 were removed"):
+        shards.write_shard(folder, "shard-000000", records(3))
+    assert storage.tree_sizes(folder) == {}
 
 
 def test_keys_that_repeat_or_could_leave_the_folder_are_refused(folder):

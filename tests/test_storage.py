@@ -80,6 +80,14 @@ def test_upload_move_and_delete(folder, tmp_path):
     assert not storage.exists(final)
 
 
+def test_a_file_knows_its_age(folder):
+    url = storage.join(folder, "x")
+    storage.write_bytes(url, b"1")
+    assert -1.5 < storage.age(url) < 60  # stores count whole seconds
+    with pytest.raises(storage.MissingFileError):
+        storage.age(storage.join(folder, "y"))
+
+
 def test_a_missing_file_is_named(folder):
     url = storage.join(folder, "nowhere", "x.tar")
     with pytest.raises(DataError, match=r"nowhere/x\.tar doesn't exist"):

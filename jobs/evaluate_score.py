@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from glipv2.jobs.evaluate_predict import as_boxes, as_detection
 from glipv2.pipeline import storage
 from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.eval_config import SuiteConfig
@@ -41,7 +40,7 @@ class Scores:
 def score(
     suite: SuiteConfig, data: ShardSet, records: Sequence[Record], found: Mapping[str, Any]
 ) -> Scores:
-    """The figures of one set; `found`: record key -> what its prediction file holds.
+    """The figures of one set; `found`: record key -> boxes (a Detection), answers or a caption.
 
     DataError when an image has no prediction, or the set is not what its task needs.
     """
@@ -81,12 +80,11 @@ def _detection(
 ) -> Scores:
     from glipv2.eval.coco import coco_ap, coco_truth
 
-    boxes = {key: as_boxes(entry) for key, entry in found.items()}
     truth = coco_truth(records, data.categories)
-    result = coco_ap(truth, boxes)
+    result = coco_ap(truth, found)
     metrics = result.to_dict()
     if suite.masks:
-        by_mask = coco_ap(truth, boxes, by="mask")
+        by_mask = coco_ap(truth, found, by="mask")
         metrics |= {f"mask_{key}": value for key, value in by_mask.to_dict().items()}
     per_category = {
         name: {"ap": own.ap, "ap50": own.ap50, "precision": [round(p, 4) for p in own.precision_R]}
@@ -106,13 +104,12 @@ def _lvis(
         raise DataError(
             f"{data.url} has no frequencies of categories; make it with the source lvis"
         )
-    boxes = {key: as_boxes(entry) for key, entry in found.items()}
     names = data.categories
-    fixed = lvis_records_ap(records, boxes, names, frequency, cap=FIXED)
-    classic = lvis_records_ap(records, boxes, names, frequency, cap=CLASSIC)
+    fixed = lvis_records_ap(records, found, names, frequency, cap=FIXED)
+    classic = lvis_records_ap(records, found, names, frequency, cap=CLASSIC)
     metrics = {**fixed.to_dict(), **_prefixed("classic", classic.to_dict())}
     if suite.masks:
-        by_mask = lvis_records_ap(records, boxes, names, frequency, cap=FIXED, by="mask")
+        by_mask = lvis_records_ap(records, found, names, frequency, cap=FIXED, by="mask")
         metrics |= _prefixed("mask", by_mask.to_dict())
     per_category = {names[number - 1]: {"ap": ap} for number, ap in fixed.per_category.items()}
     return Scores(metrics=metrics, per_category=per_category)
@@ -123,9 +120,8 @@ def _phrases(
 ) -> Scores:
     from glipv2.eval.grounding import phrase_recall
 
-    boxes = {key: as_detection(entry) for key, entry in found.items()}
-    merged = phrase_recall(records, boxes, "merged-box").to_dict()
-    metrics = {**phrase_recall(records, boxes).to_dict(), **_prefixed("merged", merged)}
+    merged = phrase_recall(records, found, "merged-box").to_dict()
+    metrics = {**phrase_recall(records, found).to_dict(), **_prefixed("merged", merged)}
     return Scores(metrics=metrics)
 
 
@@ -134,8 +130,7 @@ def _referring(
 ) -> Scores:
     from glipv2.eval.referring import referring_accuracy
 
-    boxes = {key: as_boxes(entry) for key, entry in found.items()}
-    return Scores(metrics=referring_accuracy(records, boxes).to_dict())
+    return Scores(metrics=referring_accuracy(records, found).to_dict())
 
 
 def _segmentation(
@@ -143,7 +138,7 @@ def _segmentation(
 ) -> Scores:
     from glipv2.eval.segmentation import merged_mask, referring_segmentation
 
-    masks = {r.key: merged_mask(as_boxes(found[r.key]), r, suite.mask_score) for r in records}
+    masks = {r.key: merged_mask(found[r.key], r, suite.mask_score) for r in records}
     return Scores(metrics=referring_segmentation(records, masks).to_dict())
 
 

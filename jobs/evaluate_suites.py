@@ -18,6 +18,7 @@ from glipv2.jobs import evaluate_score
 from glipv2.jobs.evaluate_predict import (
     Asked,
     Piece,
+    as_detection,
     asked_of,
     missing,
     pieces,
@@ -255,7 +256,7 @@ def evaluate_suite(job: Job, score_only: bool = False) -> dict[str, Any]:
     started = time.monotonic()
     scores, images, spent = {}, {}, 0.0
     for name, data in job.suite.sets.items():
-        scores[name], images[name], seconds = _score(job.suite.config, data, work[name])
+        scores[name], images[name], seconds = score_set(job.suite.config, data, work[name])
         spent += seconds
     result = _result(job, scores, images)
     result["seconds"] = {
@@ -270,18 +271,23 @@ def evaluate_suite(job: Job, score_only: bool = False) -> dict[str, Any]:
     return result
 
 
-def _score(suite: SuiteConfig, data: ShardSet, work: list[Piece]) -> tuple[Scores, int, float]:
+def score_set(suite: SuiteConfig, data: ShardSet, work: list[Piece]) -> tuple[Scores, int, float]:
     """Of one set: its figures, its images, and the seconds that its predictions took."""
     found: dict[str, Any] = {}
     seconds = 0.0
     for spent, images in read_predictions(work):
-        seconds, found = seconds + spent, found | images
+        seconds += spent
+        found |= {key: _lean(entry) for key, entry in images.items()}
     records = [
         replace(record, image=b"")
         for piece in work
         for record in read_records(data, piece.shard, 0, piece.images)
     ]
     return evaluate_score.score(suite, data, records, found), len(records), seconds
+
+
+def _lean(entry: Any) -> Any:
+    return as_detection(entry) if isinstance(entry, dict) and "boxes" in entry else entry
 
 
 def _result(job: Job, scores: dict[str, Scores], images: dict[str, int]) -> dict[str, Any]:

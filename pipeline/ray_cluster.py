@@ -27,6 +27,7 @@ def start_ray(num_cpus: int, show_workers: bool = False) -> None:
     if ray.is_initialized():
         return
     own: dict[str, Any] = {
+        "address": "local",  # not the cluster that somebody else started on this machine
         "num_cpus": max(num_cpus, os.cpu_count() or 1),
         "object_store_memory": 200 << 20,
         "include_dashboard": False,

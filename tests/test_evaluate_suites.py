@@ -32,6 +32,7 @@ from glipv2.jobs.evaluate_score import Scores, averages  # noqa: E402
 from glipv2.jobs.evaluate_suites import evaluate_suite, make_job, open_suite  # noqa: E402
 from glipv2.model.glip import GLIPv2  # noqa: E402
 from glipv2.model.grounder import Grounder  # noqa: E402
+from glipv2.model.weights import from_pretrained, model_files  # noqa: E402
 from glipv2.pipeline import ray_map  # noqa: E402
 from glipv2.pipeline.checkpoint import write_folder  # noqa: E402
 from glipv2.pipeline.errors import ConfigError, DataError  # noqa: E402
@@ -324,6 +325,39 @@ def test_lvis_keeps_as_many_boxes_as_asked_of_every_prompt(
     for few, many in zip(counts["plain"], counts["every"], strict=True):
         assert len(few) == 100 and len(many) > 300
         assert np.array_equal(np.sort(few), np.sort(many)[-100:])
+
+
+def test_low_scores_are_kept_and_the_best_box_of_an_expression_whatever_it_is(
+    data: Path, tmp_path: Path, done: list[Any]
+) -> None:
+    """Facts D.1: only what a phrase is less probable than 0.05 at is left out; facts I: of an
+    expression not even that."""
+    suites = {
+        "boxes": {"set": str(data / "few")},
+        "phrases": {"set": str(data / "referring"), "task": "phrases"},
+        "expressions": {"set": str(data / "referring"), "task": "referring"},
+    }
+    config = scored_config(tmp_path / "run", suites)
+    for name, bias, centerness in (("shy", 0.0, -7.0), ("unsure", -7.0, 0.0)):
+        model, tokenizer = from_pretrained(data / "model")
+        torch.nn.init.constant_(model.alignment_head.bias0, bias)
+        torch.nn.init.constant_(model.box_head.centerness.bias, centerness)
+        (tmp_path / name).mkdir()
+        for file, content in model_files(model, tokenizer).items():
+            (tmp_path / name / file).write_bytes(content)
+        scores = {}
+        for suite in suites:
+            job = make_job(config, open_suite(config, suite), str(tmp_path / name))
+            evaluate_suite(job)
+            scores[suite] = [
+                entry["scores"]
+                for _, own in read_predictions(job.work()[suite])
+                for entry in own.values()
+            ]
+        for suite, own in scores.items():
+            wanted = name == "shy" or suite == "expressions"
+            assert all(bool(each) == wanted for each in own), (name, suite)
+        assert max(map(max, scores["expressions"])) < 0.05
 
 
 def test_several_sets_give_their_mean_and_median(

@@ -188,9 +188,7 @@ def java_scores(
     return scores
 
 
-def _spice(
-    truths: Mapping[int, Sequence[str]], said: Mapping[int, Sequence[str]]
-) -> float | None:
+def _spice(truths: Mapping[int, Sequence[str]], said: Mapping[int, Sequence[str]]) -> float | None:
     from pycocoevalcap.spice import spice
 
     try:

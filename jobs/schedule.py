@@ -197,9 +197,7 @@ class Scheduler:
                 yield Item(run=url, step=step, suite=suite, job=job, problem=problem)
             elif not self._done(job):
                 own = self._no_head(job)
-                yield Item(
-                    run=url, step=step, suite=suite, job=job, problem=own, lasting=bool(own)
-                )
+                yield Item(run=url, step=step, suite=suite, job=job, problem=own, lasting=bool(own))
 
     def _no_head(self, job: Job) -> str:
         """Why the model can't be asked what the suite asks; looked up once."""

@@ -275,9 +275,7 @@ def test_secret_answers_are_exported_and_not_scored(
     assert "questions" in suite_table({"model": [alone, both]})
     mixed = {"mixed": {"sets": {"val": str(data / "vqa"), "std": std}, "task": "vqa"}}
     with pytest.raises(DataError, match="accuracy is undefined for std"):
-        evaluate_suites(
-            scored_config(tmp_path / "run", mixed), {"model": str(data / "model")}
-        )
+        evaluate_suites(scored_config(tmp_path / "run", mixed), {"model": str(data / "model")})
 
 
 def test_an_image_is_encoded_once_for_all_questions_about_it(

@@ -191,10 +191,11 @@ def test_the_same_work_runs_without_ray(tmp_path: Path) -> None:
 def test_a_cluster_of_somebody_else_on_this_machine_is_not_joined() -> None:
     """`ray start` leaves its address in a file, which Ray takes for ours without being told."""
     code = (
-        "import sys; from glipv2.pipeline.ray_map import map_on_ray\n"
+        "from glipv2.pipeline.ray_map import map_on_ray\n"
         "print([r for _, r in map_on_ray(lambda: abs, [-2], num_actors=1)])"
     )
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # sockets want a short path
+    short = "/tmp"  # for sockets
+    with tempfile.TemporaryDirectory(prefix="ray", dir=short) as folder:
         (Path(folder) / "ray").mkdir()
         (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
         own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -250,9 +250,7 @@ def test_a_suite_that_a_model_has_no_head_for_is_told_once_and_not_tried(
     [told] = alerts(local)
     assert told["suite"] == "masks" and "eval.suites.masks needs a model with" in told["text"]
     assert Scheduler(config, once=True).serve() == 1 and len(alerts(local)) == 1
-    assert "step 10, masks: failed: eval.suites.masks" in status_table(
-        Scheduler(config, once=True)
-    )
+    assert "step 10, masks: failed: eval.suites.masks" in status_table(Scheduler(config, once=True))
 
 
 def test_a_job_that_schedulers_die_at_is_given_up(local: str, val: str, scoring: Scoring) -> None:

@@ -28,7 +28,7 @@ from glipv2.data_prep.source import Row, Source
 from glipv2.data_prep.text_cleaning import clean_text
 from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.errors import BadSample, DataError
-from glipv2.pipeline.records import Record, Region
+from glipv2.pipeline.records import Box, Record, Region
 from glipv2.pipeline.region_masks import uncompress_runs
 
 MAX_COORDINATE = 1e5
@@ -159,13 +159,24 @@ def _region(
     box = clean_box(corners(item.get("bbox")), size, dropped, where)
     if box is None:
         return None
+    mask = clean_mask(item.get("segmentation"), size, dropped, where)
     return Region(
         box=box,
         phrase=categories.names[category],
         category=category,
-        mask=clean_mask(item.get("segmentation"), size, dropped, where),
+        mask=mask,
         crowd=bool(item.get("iscrowd")),
+        area=_stated_area(item.get("area"), mask, box),
     )
+
+
+def _stated_area(area: Any, mask: dict[str, Any] | None, box: Box) -> float | None:
+    """The file's, where it is one and the mask, or the box, has another."""
+    if not _is_number(area) or not 0 <= area <= MAX_COORDINATE**2:
+        return None
+    x0, y0, x1, y1 = box
+    own = (x1 - x0) * (y1 - y0) if mask is None else float(coco_mask.area(mask))
+    return None if area == own else float(area)
 
 
 def clean_mask(

@@ -8,17 +8,22 @@ on web text: slashes between names, rare abbreviations, bullets and quotation ma
 """
 
 import importlib.util
+import logging
 import math
 import re
 import shutil
+import subprocess
+import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 from glipv2.pipeline.errors import ConfigError, DataError
 from glipv2.pipeline.records import Record
 
+log = logging.getLogger(__name__)
 Words = tuple[str, ...]
 NGRAMS = (1, 2, 3, 4)
 BETA = 1.2
@@ -164,17 +169,12 @@ def java_scores(
     """METEOR and SPICE of pycocoevalcap, in [0, 1]; errors as in `caption_scores`.
 
     ConfigError if the package or Java is missing. SPICE takes 8 GB of memory, and downloads 400 MB
-    of models when it is first used.
+    of models when it is first used; where it can't be run it is left out, with a warning, and
+    METEOR is still there.
     """
     if unknown := set(metrics) - {"meteor", "spice"}:
         raise ValueError(f"{min(unknown)!r} is neither meteor nor spice")
-    package = importlib.util.find_spec("pycocoevalcap")
-    if package is None or shutil.which("java") is None:
-        raise ConfigError(
-            f"{' and '.join(metrics)} need Java (8 or newer: apt-get install default-jre-headless) "
-            "and pycocoevalcap (pip install 'glipv2[captions]'); the other caption scores need "
-            "neither"
-        )
+    check_java()
     found, given = _texts(records, captions)
     said = {number: [" ".join(ptb_words(text))] for number, text in enumerate(found)}
     truths = {n: [" ".join(ptb_words(t)) for t in texts] for n, texts in enumerate(given)}
@@ -183,11 +183,35 @@ def java_scores(
         from pycocoevalcap.meteor.meteor import Meteor
 
         scores["meteor"] = float(Meteor().compute_score(truths, said)[0])
-    if "spice" in metrics:
-        from pycocoevalcap.spice.spice import Spice
-
-        scores["spice"] = float(Spice().compute_score(truths, said)[0])
+    if "spice" in metrics and (spice := _spice(truths, said)) is not None:
+        scores["spice"] = spice
     return scores
+
+
+def _spice(truths: Mapping[int, Sequence[str]], said: Mapping[int, Sequence[str]]) -> float | None:
+    from pycocoevalcap.spice import spice
+
+    try:
+        return float(spice.Spice().compute_score(truths, said)[0])
+    except (OSError, subprocess.SubprocessError, zipfile.BadZipFile) as error:
+        log.warning(
+            "no SPICE: its Java program or the download of its models failed (%s). Without a way "
+            "to nlp.stanford.edu put stanford-corenlp-3.6.0.jar and its -models.jar into %s, and "
+            "evaluate again with --score-only",
+            error,
+            Path(spice.__file__).parent / "lib",
+        )
+        return None
+
+
+def check_java() -> None:
+    """ConfigError unless there are the programs and the package that `java_scores` runs."""
+    package = importlib.util.find_spec("pycocoevalcap")
+    if package is None or shutil.which("java") is None:
+        raise ConfigError(
+            "METEOR and SPICE need Java (8 or newer: apt-get install default-jre-headless) and "
+            "pycocoevalcap (pip install 'glipv2[captions]'); the other caption scores need neither"
+        )
 
 
 def _texts(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import hotcoco
 import numpy as np
 
-from glipv2.eval.masks import mask_area, run_lengths
+from glipv2.eval.masks import mask_area, region_area, run_lengths
 from glipv2.eval.predictions import Columns, Found, columns
 from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.records import Record
@@ -126,9 +126,9 @@ class CocoAP:
 def coco_truth(records: Sequence[Record], categories: Sequence[str]) -> CocoTruth:
     """Truth of detection records, in their order.
 
-    The area of a region is that of its mask, as in COCO's files, or else of its box. COCO computes
-    areas from polygons and we from pixels, so that an object at the edge of an area range may fall
-    to its other side; where the last digit of AP by size matters, score the file itself.
+    Areas are those of `region_area`. COCO computes them from polygons, and sets that were prepared
+    from its files state them; of others they are counted in pixels, so that an object at the edge
+    of an area range may fall to its other side.
     """
     rows: list[tuple[int, int, float, bool]] = []
     boxes, masks = [], []
@@ -141,8 +141,7 @@ def coco_truth(records: Sequence[Record], categories: Sequence[str]) -> CocoTrut
                 )
             x0, y0, x1, y1 = region.box
             boxes.append((x0, y0, x1 - x0, y1 - y0))
-            size = (x1 - x0) * (y1 - y0) if region.mask is None else mask_area(region.mask)
-            rows.append((image, region.category, size, region.crowd))
+            rows.append((image, region.category, region_area(region), region.crowd))
             masks.append(region.mask)
     images, numbers, areas, crowd = zip(*rows, strict=True) if rows else ((), (), (), ())
     return _truth(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from glipv2.eval.lvis import FIXED, Cap, LvisAP, LvisDetections, LvisTruth, lvis_ap, lvis_truth
-from glipv2.eval.masks import mask_area
+from glipv2.eval.masks import region_area
 from glipv2.eval.predictions import Found, columns
 from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.records import Record
@@ -75,13 +75,12 @@ def lvis_records_truth(
             if region.category is None:
                 raise DataError(f"{record.key}: the region {region.phrase!r} has no category")
             x0, y0, x1, y1 = region.box
-            size = (x1 - x0) * (y1 - y0) if region.mask is None else mask_area(region.mask)
             annotations.append(
                 {
                     "image_id": number,
                     "category_id": region.category + 1,
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": size,
+                    "area": region_area(region),
                     "segmentation": region.mask,
                 }
             )

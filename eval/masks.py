@@ -11,6 +11,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.records import Region
 
 
 def encode(mask_HW: np.ndarray) -> dict[str, Any]:
@@ -43,6 +44,16 @@ def run_lengths(mask: Any, size: Sequence[int], where: str) -> Mapping[str, Any]
 def mask_area(mask: Mapping[str, Any]) -> float:
     """In pixels. One mask at a time: pycocotools 2.0.11 fails on lists of more than 255."""
     return float(coco_mask.area(mask))
+
+
+def region_area(region: Region) -> float:
+    """What the source states, or else the pixels of the mask, or of the box."""
+    if region.area is not None:
+        return region.area
+    if region.mask is not None:
+        return mask_area(region.mask)
+    x0, y0, x1, y1 = region.box
+    return (x1 - x0) * (y1 - y0)
 
 
 def union(masks: Sequence[Mapping[str, Any]], size: Sequence[int]) -> Mapping[str, Any]:

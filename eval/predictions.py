@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from glipv2.eval.masks import encode
 from glipv2.pipeline.errors import DataError
 
 if TYPE_CHECKING:  # model.batch imports torch, which a reader of figures does not need
@@ -51,12 +50,11 @@ def scored_boxes(detection: Found) -> ScoredBoxes:
     """Plain numbers of a detection, one name a box."""
     if isinstance(detection, ScoredBoxes):
         return detection
-    masks_KHW = detection.masks_KHW
     return ScoredBoxes(
         boxes=detection.boxes_K4.tolist(),
         scores=detection.scores_K.tolist(),
         names=[detection.names[label] for label in detection.labels_K.tolist()],
-        masks=None if masks_KHW is None else [encode(m) for m in masks_KHW.cpu().numpy()],
+        masks=detection.run_lengths(),
     )
 
 

@@ -15,6 +15,7 @@ from bench_chunks import bench_chunks
 from bench_damage import bench_damage
 from bench_data import bench_data
 from bench_engine import bench_engine
+from bench_eval import bench_eval
 from bench_label import bench_label
 from bench_measure import row, seconds
 from bench_model import bench_model
@@ -44,6 +45,7 @@ def main() -> None:
     bench_damage()
     bench_phrases(flickr30k)
     bench_label()
+    bench_eval()
 
 
 def bench_shards() -> None:

@@ -2,6 +2,9 @@
 
     PYTHONPATH=infra .venv/bin/python infra/bench_eval.py [--images 5000]
 
+The last figure is of the whole path of `glipv2 evaluate --score-only`: shards and prediction files
+on disk, 1,000 boxes an image.
+
 Every figure is that of a process of its own: processor time of the scoring alone, without making
 the input, and the most memory that was resident, the input included. Ours takes detections as our
 stages hold them and turns them into columns in that time; the peers are given dicts as they want.
@@ -9,10 +12,12 @@ stages hold them and turns them into columns in that time; the peers are given d
 
 import argparse
 import contextlib
+import gzip
 import importlib
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,15 +28,27 @@ from typing import Any
 
 import numpy as np
 from bench_measure import note, peak_memory, row
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from glipv2.eval.coco import coco_ap, coco_document_truth
 from glipv2.eval.lvis import FIXED, lvis_ap, lvis_truth
-from glipv2.eval.lvis_records import lvis_document_detections
+from glipv2.eval.lvis_records import FEDERATED, lvis_document_detections
 from glipv2.eval.predictions import ScoredBoxes
+from glipv2.jobs.evaluate_predict import Piece, asked_of, pieces
+from glipv2.jobs.evaluate_suites import score_set
+from glipv2.pipeline import storage
+from glipv2.pipeline.eval_config import SuiteConfig
+from glipv2.pipeline.records import Record, Region
+from glipv2.pipeline.shard_format import ShardSet
+from glipv2.pipeline.shards import open_shard_set, read_raw, write_shard_set
 
 SIZE = 480, 640
 """Height and width of the images."""
+FOLDER = "BENCH_EVAL_FOLDER"
+"""Environment variable: where "lvis files" and "lvis scored" keep the set and the predictions."""
+PATH_BOXES = 1000
+"""Of an image, in the files."""
 FEW = 10
 """The LVIS package is given this part of the images: it takes hours for all."""
 
@@ -44,12 +61,24 @@ def main() -> None:
     if arguments.work:
         print(json.dumps(WORKS[arguments.work](arguments.images)))  # noqa: T201
         return
-    images, few = arguments.images, arguments.images // FEW
+    bench_eval(arguments.images)
+
+
+def bench_eval(images: int = 5000) -> None:
+    few = images // FEW
     compare(f"COCO boxes, {images} images", "coco", "pycocotools", images)
     compare(f"COCO masks, {few} images", "coco masks", "pycocotools masks", few)
     compare(f"LVIS boxes, {few} images, 300 an image", "lvis", "lvis package", few)
     whole = measure("lvis", images)
     note(f"LVIS boxes, {images} images", f"{whole['seconds']:.1f} s, {whole['mib']:.0f} MiB")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[FOLDER] = folder
+        measure("lvis files", images)
+        whole = measure("lvis scored", images)
+    note(
+        f"LVIS from files, {images} images, {PATH_BOXES} each",
+        f"{whole['seconds']:.1f} s, {whole['mib']:.0f} MiB",
+    )
 
 
 def compare(name: str, ours: str, peer: str, images: int) -> None:
@@ -220,6 +249,54 @@ def lvis_package(images: int) -> dict[str, float]:
         return timed(score)
 
 
+def lvis_files(images: int) -> dict[str, float]:
+    """Write a shard set of LVIS, and what was predicted on it."""
+    document, detections = random_set(images, 1203, true=11, found=PATH_BOXES)
+    buffer = io.BytesIO()
+    Image.new("RGB", SIZE[::-1]).save(buffer, format="JPEG")
+    truths: dict[int, list[Region]] = {}
+    for a in document["annotations"]:
+        x, y, width, height = a["bbox"]
+        box = (x, y, min(x + width, SIZE[1]), min(y + height, SIZE[0]))
+        truths.setdefault(a["image_id"], []).append(Region(box=box, category=a["category_id"] - 1))
+    records = (
+        Record(
+            key=str(image["id"]), image=buffer.getvalue(), image_format="jpg", width=SIZE[1],
+            height=SIZE[0], task="detection", regions=tuple(truths[image["id"]]),
+            provenance={ours: [number - 1 for number in image[theirs]]
+                        for ours, theirs in FEDERATED.items()},
+        )
+        for image in document["images"]
+    )  # fmt: skip
+    categories = tuple(category["name"] for category in document["categories"])
+    info = {"frequency": [category["frequency"] for category in document["categories"]]}
+    folder = os.environ[FOLDER]
+    data = write_shard_set(f"{folder}/set", records, categories, info)
+    for number, piece in enumerate(lvis_work(data)):
+        keys = [raw.key for raw in read_raw(data, number, 0, piece.images)]
+        entries = {
+            key: {"boxes": np.float32(detections[key].boxes).tolist(),
+                  "scores": np.float32(detections[key].scores).tolist(),
+                  "labels": [int(name) - 1 for name in detections[key].names]}
+            for key in keys
+        }  # fmt: skip
+        text = json.dumps({"seconds": 1, "names": categories, "images": entries})
+        storage.create_once(piece.out, gzip.compress(text.encode(), 1))
+    return {"seconds": 0.0, "mib": 0.0, "ap": 0.0}
+
+
+def lvis_work(data: ShardSet) -> list[Piece]:
+    asked = asked_of(SuiteConfig(set="x", task="lvis"), "fp32")
+    return pieces(os.environ[FOLDER], "model", "", data, asked, 0)
+
+
+def lvis_scored(_: int) -> dict[str, float]:
+    """What `glipv2 evaluate` does once all is predicted."""
+    data = open_shard_set(f"{os.environ[FOLDER]}/set")
+    suite = SuiteConfig(set="x", task="lvis")
+    return timed(lambda: score_set(suite, data, lvis_work(data))[0].metrics["ap"])
+
+
 WORKS: dict[str, Callable[[int], dict[str, float]]] = {
     "coco": our_coco,
     "pycocotools": pycocotools,
@@ -227,6 +304,8 @@ WORKS: dict[str, Callable[[int], dict[str, float]]] = {
     "pycocotools masks": lambda images: pycocotools(images, masks=True),
     "lvis": our_lvis,
     "lvis package": lvis_package,
+    "lvis files": lvis_files,
+    "lvis scored": lvis_scored,
 }
 
 

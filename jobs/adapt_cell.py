@@ -4,6 +4,7 @@ Nothing but files says what is done, so a cell that was cut off goes on, and a f
 only read.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from glipv2.jobs.stages import stage, stage_seconds
 from glipv2.model.folders import step_url
 from glipv2.pipeline.checkpoint import committed_steps
 from glipv2.pipeline.config import RunConfig
-from glipv2.pipeline.errors import PreemptedError, RankFailedError, UserError
+from glipv2.pipeline.errors import DataError, PreemptedError
+
+log = logging.getLogger(__name__)
 
 ZERO_SHOT = "zero-shot"
 """Instead of a way of tuning: the model that all start from."""
@@ -54,8 +57,12 @@ class Tuner:
         known = {"set": cell.set, "way": cell.way, "shots": cell.shots, "seed": cell.seed}
         try:
             return {**known, **_tune(cell)}
-        except (UserError, RankFailedError, PreemptedError) as error:
-            return {**known, "run": cell.config.run_dir, "error": str(error)}
+        except PreemptedError:  # told to stop, which is no failure of the cell: it goes on later
+            raise
+        except Exception as error:  # a GPU without memory left, too
+            log.warning("%s failed", cell, exc_info=True)
+            why = str(error) or type(error).__name__
+            return {**known, "run": cell.config.run_dir, "error": why}
 
 
 def _tune(cell: Cell) -> dict[str, Any]:
@@ -95,6 +102,8 @@ def _score(cell: Cell, checkpoint: str, suite: str) -> dict[str, Any]:
         for piece in missing([piece for own in job.work().values() for piece in own]):
             predictor(piece)
     result = evaluate_suite(job)
+    if result["first"] not in result["metrics"]:
+        raise DataError(f"eval.suites.{suite} has no truth to compare models by")
     return {
         "first": result["first"],
         "metrics": result["metrics"],

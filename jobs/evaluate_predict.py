@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 """Instead of a checkpoint: the recipe's model with random weights, the floor of every table."""
-VERSION = 1
+VERSION = 2
 """Of what the files hold; a change of how predictions are made raises it."""
 WINDOW = 8
 """Batches of images that are decoded at a time."""
@@ -54,6 +54,8 @@ class Asked:
     masks: bool = False
     beams: int = 0
     precision: Precision = "fp32"
+    min_probability: float = 0.05
+    """Of a phrase, for a place to be looked at (facts D.1); all that is found there is kept."""
 
     @property
     def digest(self) -> str:
@@ -67,7 +69,9 @@ def asked_of(suite: SuiteConfig, precision: Precision) -> Asked:
         beams = suite.beams if kind == "captions" else 0
         return Asked(kind=kind, beams=beams, precision=precision)
     if kind == "phrases":
-        return Asked(kind=kind, masks=suite.task == "segmentation", precision=precision)
+        own = Asked(kind=kind, masks=suite.task == "segmentation", precision=precision)
+        # the best box of an expression counts, however little it is like it (facts I)
+        return replace(own, min_probability=0.0) if suite.task == "referring" else own
     return Asked(
         kind=kind,
         prompts=suite.prompts,
@@ -158,10 +162,10 @@ class Predictor:
         data = open_shard_set(piece.set_url)
         grounder = self._grounder(piece.checkpoint, piece.asked.precision)
         batch = self.config.eval.batch_size
-        window = batch if piece.asked.masks else WINDOW * batch  # masks are as large as images
         images: dict[str, Any] = {}
-        for first in range(0, piece.images, window):
-            records = read_records(data, piece.shard, first, min(first + window, piece.images))
+        for first in range(0, piece.images, WINDOW * batch):
+            last = min(first + WINDOW * batch, piece.images)
+            records = read_records(data, piece.shard, first, last)
             found = _ask(grounder, records, data.categories, piece.asked, batch)
             images |= {record.key: entry for record, entry in zip(records, found, strict=True)}
         seconds = round(time.monotonic() - started, 3)
@@ -217,7 +221,14 @@ def _ask(
         ]
     if asked.kind == "phrases":
         prompts = [(r.caption, [p.spans for p in phrases_of(r)]) for r in records]
-        found = grounder.ground(images, prompts, batch_size=batch_size, masks=asked.masks)
+        found = grounder.ground(
+            images,
+            prompts,
+            batch_size=batch_size,
+            score_threshold=0.0,
+            masks="run_lengths" if asked.masks else False,
+            min_probability=asked.min_probability,
+        )
         return [{**_entry(one), "names": one.names} for one in found]
     return [_entry(one) for one in _categories(grounder, images, records, categories, asked,
                                                batch_size)]  # fmt: skip
@@ -234,10 +245,15 @@ def _categories(
     """Detections whose labels count the set's categories."""
     import torch
 
+    from glipv2.model.grounder import Masks
+
+    masks: Masks = "run_lengths" if asked.masks else False
     if any(prompt.prefix or prompt.suffix for prompt in asked.prompts.values()):
         text, spans = _sentence(grounder, categories, asked.prompts)
         captions = [(text, spans)] * len(images)
-        return grounder.ground(images, captions, batch_size=batch_size, masks=asked.masks)
+        return grounder.ground(
+            images, captions, batch_size=batch_size, score_threshold=0.0, masks=masks
+        )
     said = {name: prompt.name or name for name, prompt in asked.prompts.items()}
     names, number = [list(categories)] * len(images), {n: i for i, n in enumerate(categories)}
     if asked.kind == "shown":
@@ -249,7 +265,8 @@ def _categories(
         [[said.get(name, name) for name in own] for own in names],
         max_categories_per_prompt=asked.chunk_size or None,
         batch_size=batch_size,
-        masks=asked.masks,
+        score_threshold=0.0,
+        masks=masks,
         max_boxes=asked.max_boxes or None,
         max_boxes_per_prompt=asked.max_boxes_per_prompt,
     )
@@ -285,16 +302,13 @@ def _sentence(
 
 
 def _entry(found: "Detection") -> dict[str, Any]:
-    from glipv2.eval.detection import scored_boxes
-
-    entry = {
+    entry: dict[str, Any] = {
         "boxes": found.boxes_K4.tolist(),
         "scores": found.scores_K.tolist(),
         "labels": found.labels_K.tolist(),
     }
-    if found.masks_KHW is not None:
-        entry["masks"] = list(scored_boxes(found).masks or [])
-    return entry
+    masks = found.run_lengths()
+    return entry if masks is None else {**entry, "masks": masks}
 
 
 def read_predictions(work: Sequence[Piece]) -> Iterator[tuple[float, dict[str, Any]]]:
@@ -314,7 +328,7 @@ def read_predictions(work: Sequence[Piece]) -> Iterator[tuple[float, dict[str, A
 
 
 def as_detection(entry: dict[str, Any]) -> "Detection":
-    """The very numbers of the prediction, without masks."""
+    """The very numbers of the prediction, in a tenth of the memory that JSON's values take."""
     import torch
 
     from glipv2.model.batch import Detection
@@ -324,6 +338,7 @@ def as_detection(entry: dict[str, Any]) -> "Detection":
         scores_K=torch.tensor(entry["scores"], dtype=torch.float32),
         labels_K=torch.tensor(entry["labels"], dtype=torch.int64),
         names=entry["names"],
+        run_lengths_K=entry.get("masks"),
     )
 
 

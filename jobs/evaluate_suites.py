@@ -12,10 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 from uuid import uuid4
 
+from glipv2.eval.captions import check_java
+from glipv2.eval.vqa import question_kinds
 from glipv2.jobs import evaluate_score
 from glipv2.jobs.evaluate_predict import (
     Asked,
     Piece,
+    as_detection,
     asked_of,
     missing,
     pieces,
@@ -40,17 +43,22 @@ from glipv2.pipeline.tasks import first_records
 STEP_OF_RUN = re.compile(rf"(.+)/checkpoints/{STEP_NAME.pattern}")
 HEADS = {"segmentation": "masks", "vqa": "answers", "captioning": "captions"}
 """Task -> the head that it needs, as the model's configuration names it."""
-NEEDS: dict[EvalTask, tuple[str, Callable[[ShardSet, Record], object]]] = {
+NEEDS: dict[EvalTask, tuple[str, Callable[[ShardSet, list[Record]], object]]] = {
     "detection": ("categories", lambda data, _: data.categories),
-    "lvis": ("categories", lambda data, _: data.categories),
-    "phrases": ("captions with boxes", lambda _, record: record.caption),
-    "referring": ("expressions", lambda _, record: record.caption and record.regions),
-    "segmentation": ("expressions with masks", lambda _, record: record.caption and record.regions
-                     and all(region.mask for region in record.regions)),
-    "vqa": ("questions", lambda _, record: record.questions),
-    "captioning": ("captions", lambda _, record: record.captions or record.caption),
+    "lvis": ("frequencies of categories, as the source lvis gives them",
+             lambda data, _: data.categories and "frequency" in data.info),
+    "phrases": ("captions with boxes of their phrases", lambda _, records: any(
+        region.spans for record in records for region in record.regions)),
+    "referring": ("expressions of one box each", lambda _, records: all(
+        record.caption and len(record.regions) == 1 for record in records)),
+    "segmentation": ("expressions with masks", lambda _, records: all(
+        record.caption and record.regions and all(region.mask for region in record.regions)
+        for record in records)),
+    "vqa": ("questions", lambda _, records: any(record.questions for record in records)),
+    "captioning": ("captions", lambda _, records: all(
+        record.captions or record.caption for record in records)),
 }  # fmt: skip
-"""Task -> what a set must have for it, and whether a record, or its set, does."""
+"""Task -> what a set must have for it, and whether it does by its first records."""
 PIN_SECONDS = 900.0
 """For which a checkpoint that is being read is kept, after its reader's last sign of life."""
 
@@ -88,6 +96,8 @@ def open_suite(config: RunConfig, name: str) -> Suite:
     parts = _odinw(config, own) if own.odinw else {
         part: (config.set_url(given), own) for part, given in (own.sets or {name: own.set}).items()
     }  # fmt: skip
+    if own.java:
+        check_java()
     asked = {part: asked_of(suite, config.eval.precision) for part, (_, suite) in parts.items()}
     sets = {part: open_shard_set(url) for part, (url, _) in parts.items()}
     for part, data in sets.items():
@@ -97,20 +107,37 @@ def open_suite(config: RunConfig, name: str) -> Suite:
                 f"eval.suites.{name}: the prompts are for categories that {data.url} does not "
                 f"have: {', '.join(unknown)}"
             )
+    if own.annotations:
+        _check_annotations(name, own.annotations, sets)
     return Suite(name=name, config=own, sets=sets, asked=asked)
 
 
 def check_fits(name: str, suite: SuiteConfig, data: ShardSet) -> None:
-    """ConfigError when a set has nothing of what the suite's task scores."""
+    """ConfigError when a set has not what the suite's task scores."""
     needs, has = NEEDS[suite.task]
-    if suite.task == "lvis" and "frequency" not in data.info:
-        needs = "frequencies of categories, as the source lvis gives them"
-    elif any(has(data, record) for record in first_records(data)):
+    records = first_records(data)
+    if records and has(data, records):
         return
     raise ConfigError(
         f"eval.suites.{name} is of task {suite.task}, which needs {needs}, and {data.url} has none"
         ": give another set, or the task that this one is for"
     )
+
+
+def _check_annotations(name: str, url: str, sets: Mapping[str, ShardSet]) -> None:
+    """ConfigError when the file is not there, is none of VQAv2, or is that of other questions."""
+    where = f"eval.suites.{name}.annotations"
+    try:
+        kinds = question_kinds(storage.read_json(url))
+    except DataError as error:
+        raise ConfigError(f"{where}: {url}: {error}") from error
+    for data in sets.values():
+        for question in (asked for record in first_records(data) for asked in record.questions):
+            if question.answers and question.id not in kinds:
+                raise ConfigError(
+                    f"{where}: {url} does not tell the kind of question {question.id} of {data.url}"
+                    ": give the file that the set was made of"
+                )
 
 
 def _odinw(config: RunConfig, own: SuiteConfig) -> dict[str, tuple[str, SuiteConfig]]:
@@ -203,7 +230,7 @@ def check_head(job: Job) -> None:
     if head and not getattr(config_from_dict(storage.read_json(url)), head):
         raise ConfigError(
             f"eval.suites.{name} needs a model with model.{head}, and {job.checkpoint} has none: "
-            "score one that was tuned for it, or give the other suites with --suite"
+            "score one that was tuned for it, or name the other suites (--suite, schedule.suites)"
         )
 
 
@@ -229,7 +256,7 @@ def evaluate_suite(job: Job, score_only: bool = False) -> dict[str, Any]:
     started = time.monotonic()
     scores, images, spent = {}, {}, 0.0
     for name, data in job.suite.sets.items():
-        scores[name], images[name], seconds = _score(job.suite.config, data, work[name])
+        scores[name], images[name], seconds = score_set(job.suite.config, data, work[name])
         spent += seconds
     result = _result(job, scores, images)
     result["seconds"] = {
@@ -244,18 +271,23 @@ def evaluate_suite(job: Job, score_only: bool = False) -> dict[str, Any]:
     return result
 
 
-def _score(suite: SuiteConfig, data: ShardSet, work: list[Piece]) -> tuple[Scores, int, float]:
+def score_set(suite: SuiteConfig, data: ShardSet, work: list[Piece]) -> tuple[Scores, int, float]:
     """Of one set: its figures, its images, and the seconds that its predictions took."""
     found: dict[str, Any] = {}
     seconds = 0.0
     for spent, images in read_predictions(work):
-        seconds, found = seconds + spent, found | images
+        seconds += spent
+        found |= {key: _lean(entry) for key, entry in images.items()}
     records = [
         replace(record, image=b"")
         for piece in work
         for record in read_records(data, piece.shard, 0, piece.images)
     ]
     return evaluate_score.score(suite, data, records, found), len(records), seconds
+
+
+def _lean(entry: Any) -> Any:
+    return as_detection(entry) if isinstance(entry, dict) and "boxes" in entry else entry
 
 
 def _result(job: Job, scores: dict[str, Scores], images: dict[str, int]) -> dict[str, Any]:

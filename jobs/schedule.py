@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 from glipv2.jobs.evaluate_suites import (
     Job,
     Suite,
+    check_head,
     evaluate_suite,
     kept,
     open_suite,
@@ -75,7 +76,9 @@ class Item:
     suite: Suite
     job: Job
     problem: str
-    """What is wrong with the step's commit record, if anything."""
+    """What is wrong with the step's commit record, or with the model for the suite, if anything."""
+    lasting: bool = False
+    """The problem is one of all steps, and told once."""
 
     @property
     def name(self) -> str:
@@ -122,6 +125,8 @@ class Scheduler:
         """Of every result file."""
         self.unsettled = set(self.runs)
         """Runs with results, perhaps others', whose best steps and reports may lag behind."""
+        self.headless: dict[str, str] = {}
+        """Of what was looked at, what the model lacks, or nothing."""
         self.failures: set[tuple[str, str]] = set()
         self.joined = False
         """A cluster that was not started by this process."""
@@ -188,8 +193,24 @@ class Scheduler:
             job = Job(
                 config=self.config, suite=suite, checkpoint=checkpoint, model=model, folder=folder
             )
-            if problem or not self._done(job):
+            if problem:
                 yield Item(run=url, step=step, suite=suite, job=job, problem=problem)
+            elif not self._done(job):
+                own = self._no_head(job)
+                yield Item(run=url, step=step, suite=suite, job=job, problem=own, lasting=bool(own))
+
+    def _no_head(self, job: Job) -> str:
+        """Why the model can't be asked what the suite asks; looked up once."""
+        if job.key not in self.headless:
+            try:
+                check_head(job)
+            except ConfigError as error:
+                self.headless[job.key] = str(error)
+            except (DataError, ValueError):
+                return ""  # pruned or damaged, as the attempt will find
+            else:
+                self.headless[job.key] = ""
+        return self.headless[job.key]
 
     def _due_steps(self, url: str) -> list[int]:
         """Newest first."""
@@ -256,10 +277,12 @@ class Scheduler:
                 log.warning("%s is undefined here; %s has: %s", metric, name, known)
 
     def _given_up(self, item: Item, why: str) -> None:
-        text = f"step {item.step} could not be scored on {item.suite.name}: {why}"
+        which = "steps" if item.lasting else f"step {item.step}"
+        text = f"{which} could not be scored on {item.suite.name}: {why}"
         content = {"event": "failed", "suite": item.suite.name, "step": item.step, "text": text}
         self.failures.add((item.run, item.name))
-        if report(item.run, f"failed.{item.name}.{item.job.key}", content, self.settings.webhook):
+        about = item.suite.name if item.lasting else f"{item.name}.{item.job.key}"
+        if report(item.run, f"failed.{about}", content, self.settings.webhook):
             self.unsettled.add(item.run)
 
     def values(self, url: str, metric: str) -> dict[int, float]:

@@ -104,6 +104,9 @@ class Detection:
     """The phrases or category names that were asked for."""
     masks_KHW: Tensor | None = None
     """bool, in pixels of the image as the user gave it; only if masks were asked for."""
+    run_lengths_K: list[dict[str, Any]] | None = None
+    """COCO run lengths instead of `masks_KHW`, where these were asked for: thousands of masks in a
+    few megabytes."""
 
     @property
     def phrases(self) -> list[str]:
@@ -120,17 +123,23 @@ class Detection:
             {"box": [round(v, 2) for v in box], "phrase": phrase, "score": round(score, 4)}
             for box, phrase, score in rows
         ]
-        if self.masks_KHW is not None:
-            for region, mask_HW in zip(regions, self.masks_KHW, strict=True):
-                region["mask"] = _run_lengths(mask_HW)
+        if (masks := self.run_lengths()) is not None:
+            for region, mask in zip(regions, masks, strict=True):
+                region["mask"] = mask
         return {"names": list(self.names), "regions": regions}
 
+    def run_lengths(self) -> list[dict[str, Any]] | None:
+        """The masks in COCO's form, {"size": [height, width], "counts": text} each."""
+        if self.masks_KHW is None:
+            return self.run_lengths_K
+        return [run_lengths(mask_HW) for mask_HW in self.masks_KHW]
 
-def _run_lengths(mask_HW: Tensor) -> dict[str, Any]:
+
+def run_lengths(mask_HW: Tensor) -> dict[str, Any]:
     """COCO's compressed RLE, {"size": [height, width], "counts": text}."""
     from pycocotools.mask import encode
 
-    code = encode(mask_HW.byte().numpy().copy(order="F"))
+    code = encode(mask_HW.byte().cpu().numpy().copy(order="F"))
     return {"size": list(mask_HW.shape), "counts": code["counts"].decode("ascii")}
 
 

@@ -40,6 +40,8 @@ from glipv2.model.weights import from_pretrained
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Of the weights; named as in `train.precision`."""
+Masks = bool | Literal["run_lengths"]
+"""Whether masks are wanted, and whether as COCO run lengths, which many fit memory as."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,9 +64,10 @@ class _Settings:
     batch_size: int
     score_threshold: float
     cross_phrase_nms: float | None = None
-    masks: bool = False
+    masks: Masks = False
     max_boxes: int | None = MAX_DETECTIONS
     max_boxes_per_prompt: int = MAX_DETECTIONS
+    min_probability: float = MIN_PROBABILITY
 
 
 class Grounder:
@@ -110,7 +113,8 @@ class Grounder:
         batch_size: int = 8,
         score_threshold: float = MIN_PROBABILITY,
         cross_phrase_nms: float | None = None,
-        masks: bool = False,
+        masks: Masks = False,
+        min_probability: float = MIN_PROBABILITY,
     ) -> list[Detection]:
         """Find the phrases of one caption in each image.
 
@@ -118,8 +122,9 @@ class Grounder:
         long caption finds nothing, nor does a caption without any. Boxes are the best 100 with
         scores from `score_threshold` on; the default keeps mostly wrong ones. With
         `cross_phrase_nms`, of boxes that overlap more than this only the best stays, whatever their
-        phrases. ValueError names an image that can't be read or a caption that makes no sense, such
-        as one that lacks the words of its phrases.
+        phrases. Places where a phrase is no more probable than `min_probability` are not looked at.
+        ValueError names an image that can't be read or a caption that makes no sense, such as one
+        that lacks the words of its phrases.
         """
         _check_one_each(images, captions, "captions")
         questions = []
@@ -133,6 +138,7 @@ class Grounder:
             score_threshold=score_threshold,
             cross_phrase_nms=cross_phrase_nms,
             masks=masks,
+            min_probability=min_probability,
         )
         names = [question.prompt.phrases for (question,) in questions]
         return self._run(images, questions, names, settings)
@@ -144,7 +150,7 @@ class Grounder:
         max_categories_per_prompt: int | None = None,
         batch_size: int = 8,
         score_threshold: float = MIN_PROBABILITY,
-        masks: bool = False,
+        masks: Masks = False,
         max_boxes: int | None = MAX_DETECTIONS,
         max_boxes_per_prompt: int = MAX_DETECTIONS,
     ) -> list[Detection]:
@@ -263,7 +269,7 @@ class Grounder:
         asked = {number: picture for number, picture in pictures.items() if names[number]}
         words = Words(self.model, (q.text for number in asked for q in questions[number]))
         results = {
-            number: _nothing(names[number], picture.own_size if settings.masks else None)
+            number: _nothing(names[number], picture.own_size, settings.masks)
             for number, picture in pictures.items()
         }
         for batch in encode_pictures(self.model, asked, settings.batch_size):
@@ -277,7 +283,9 @@ class Grounder:
             for number, own in zip(batch.numbers, parts, strict=True):
                 picture = pictures[number]
                 best = merge(own, names[number], settings.max_boxes)
-                results[number] = in_own_pixels(best, picture.size, picture.own_size)
+                results[number] = in_own_pixels(
+                    best, picture.size, picture.own_size, settings.masks == "run_lengths"
+                )
         return list(results.values())
 
     def _ask(
@@ -300,6 +308,7 @@ class Grounder:
             images.sizes_B2,
             settings.score_threshold,
             settings.max_boxes_per_prompt,
+            settings.min_probability,
         )
         if settings.cross_phrase_nms is not None:
             found = [suppress_across_phrases(d, settings.cross_phrase_nms) for d in found]
@@ -313,14 +322,15 @@ class Grounder:
         ]
 
 
-def _nothing(names: list[str], mask_size: tuple[int, int] | None) -> Detection:
-    """What is found where nothing is asked; with no masks of that size, or without masks."""
+def _nothing(names: list[str], size: tuple[int, int], masks: Masks) -> Detection:
+    """What is found where nothing is asked of an image of (height, width) pixels."""
     return Detection(
         boxes_K4=torch.zeros(0, 4),
         scores_K=torch.zeros(0),
         labels_K=torch.zeros(0, dtype=torch.int64),
         names=names,
-        masks_KHW=None if mask_size is None else torch.zeros(0, *mask_size, dtype=torch.bool),
+        masks_KHW=torch.zeros(0, *size, dtype=torch.bool) if masks is True else None,
+        run_lengths_K=[] if masks == "run_lengths" else None,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from glipv2.model.batch import Detection, Outputs
+from glipv2.model.batch import Detection, Outputs, run_lengths
 from glipv2.model.boxes import clip, decode, suppress
 from glipv2.model.mask_head import paste_masks
 
@@ -24,6 +24,7 @@ def detections(
     sizes_B2: Tensor,
     score_threshold: float = 0.0,
     max_boxes: int = MAX_DETECTIONS,
+    min_probability: float = MIN_PROBABILITY,
 ) -> list[Detection]:
     """The boxes of each image, at most `max_boxes` and those tied with the last of them.
 
@@ -34,7 +35,7 @@ def detections(
     """
     found = []
     for b, (tokens_PT, phrases) in enumerate(zip(phrase_tokens, names, strict=True)):
-        boxes, scores, labels = candidates(outputs, b, tokens_PT, sizes_B2[b])
+        boxes, scores, labels = candidates(outputs, b, tokens_PT, sizes_B2[b], min_probability)
         kept = suppress(boxes, scores, labels, NMS_THRESHOLD)
         kept = _best(kept, scores, score_threshold, max_boxes)
         found.append(
@@ -49,7 +50,11 @@ def detections(
 
 
 def candidates(
-    outputs: Outputs, image: int, tokens_PT: Tensor, size_2: Tensor
+    outputs: Outputs,
+    image: int,
+    tokens_PT: Tensor,
+    size_2: Tensor,
+    min_probability: float = MIN_PROBABILITY,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What one image offers before suppression: boxes (K, 4), scores (K,) and phrases (K,)."""
     tokens_PT = tokens_PT.to(outputs.token_logits_BAT.device)
@@ -58,7 +63,9 @@ def candidates(
         outputs.token_logits_BAT[image, :, : tokens_PT.shape[1]], tokens_PT
     )
     anchors_per_level = [h * w for h, w in outputs.level_sizes]
-    places_K, labels_K = _best_pairs(probability_AP, centerness_A, anchors_per_level)
+    places_K, labels_K = _best_pairs(
+        probability_AP, centerness_A, anchors_per_level, min_probability
+    )
     scores_K = (probability_AP[places_K, labels_K] * centerness_A[places_K]).sqrt()
     boxes_A4 = decode(outputs.deltas_BA4[image].float(), outputs.anchors_A4)
     height, width = size_2.tolist()
@@ -93,29 +100,41 @@ def merge(
 
 
 def in_own_pixels(
-    detection: Detection, resized: tuple[int, int], own: tuple[int, int]
+    detection: Detection,
+    resized: tuple[int, int],
+    own: tuple[int, int],
+    as_run_lengths: bool = False,
 ) -> Detection:
     """A detection in a resized image, in pixels of the image as given; sizes are (height, width).
 
-    Its masks, if any, are those of `mask_head.region_masks`.
+    Its masks, if any, are those of `mask_head.region_masks`; as run lengths they are made one by
+    one, for of thousands the maps alone take gigabytes.
     """
     ratio_xy = torch.tensor([own[1] / resized[1], own[0] / resized[0]])
     boxes_K4 = detection.boxes_K4 * ratio_xy.repeat(2)
     masks_KSS = detection.masks_KHW
     if masks_KSS is None:
         return replace(detection, boxes_K4=boxes_K4)
-    masks_KHW = paste_masks(masks_KSS, boxes_K4.to(masks_KSS.device), *own).cpu()
+    on_device_K4 = boxes_K4.to(masks_KSS.device)
+    if as_run_lengths:
+        encoded = [
+            run_lengths(paste_masks(masks_KSS[k : k + 1], on_device_K4[k : k + 1], *own)[0])
+            for k in range(len(masks_KSS))
+        ]
+        return replace(detection, boxes_K4=boxes_K4, masks_KHW=None, run_lengths_K=encoded)
+    masks_KHW = paste_masks(masks_KSS, on_device_K4, *own).cpu()
     return replace(detection, boxes_K4=boxes_K4, masks_KHW=masks_KHW)
 
 
 def _choose(detection: Detection, index_K: Tensor) -> Detection:
-    masks_KHW = detection.masks_KHW
+    masks_KHW, encoded_K = detection.masks_KHW, detection.run_lengths_K
     return replace(
         detection,
         boxes_K4=detection.boxes_K4[index_K],
         scores_K=detection.scores_K[index_K],
         labels_K=detection.labels_K[index_K],
         masks_KHW=None if masks_KHW is None else masks_KHW[index_K],
+        run_lengths_K=None if encoded_K is None else [encoded_K[k] for k in index_K.tolist()],
     )
 
 
@@ -127,12 +146,15 @@ def _phrase_probability(logits_AT: Tensor, tokens_PT: Tensor) -> Tensor:
 
 
 def _best_pairs(
-    probability_AP: Tensor, centerness_A: Tensor, anchors_per_level: Sequence[int]
+    probability_AP: Tensor,
+    centerness_A: Tensor,
+    anchors_per_level: Sequence[int],
+    min_probability: float,
 ) -> tuple[Tensor, Tensor]:
-    """Anchors and phrases of each level's best pairs above MIN_PROBABILITY."""
+    """Anchors and phrases of each level's best pairs above the probability."""
     P = probability_AP.shape[1]
     ranking_AP = torch.where(
-        probability_AP > MIN_PROBABILITY, probability_AP * centerness_A[:, None], -1.0
+        probability_AP > min_probability, probability_AP * centerness_A[:, None], -1.0
     )
     chosen, first = [], 0
     for count in anchors_per_level:

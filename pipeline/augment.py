@@ -140,4 +140,4 @@ def _cut(region: Region, crop: Box) -> Region | None:
     if box[0] >= box[2] or box[1] >= box[3]:
         return None
     seen = (box[2] - box[0]) * (box[3] - box[1]) / ((x1 - x0) * (y1 - y0))
-    return replace(region, box=box, crowd=region.crowd or seen < LEAST_SEEN)
+    return replace(region, box=box, area=None, crowd=region.crowd or seen < LEAST_SEEN)

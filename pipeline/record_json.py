@@ -20,7 +20,7 @@ MAX_ANSWERS = 1_000
 RECORD_FIELDS = {"task", "caption", "width", "height", "regions", "provenance"}
 TASK_FIELDS = {"captions", "questions"}
 """Only there when they hold something."""
-REGION_FIELDS = {"box", "spans", "phrase", "category", "score", "mask", "crowd"}
+REGION_FIELDS = {"box", "spans", "phrase", "category", "score", "mask", "crowd", "area"}
 
 
 def record_members(record: Record) -> dict[str, bytes]:
@@ -136,6 +136,7 @@ def _region_json(region: Region) -> dict[str, Any]:
         "score": float(region.score),
         "mask": region.mask,
         "crowd": region.crowd or None,
+        "area": None if region.area is None else float(region.area),
     }
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -152,6 +153,9 @@ def _region(item: Any, caption: str, size: tuple[int, int]) -> Region:
     crowd = item.get("crowd", False)
     if not isinstance(crowd, bool):
         raise BadSample("json_schema", "crowd must be true or false")
+    area = None if item.get("area") is None else _number(item["area"], "area")
+    if area is not None and area < 0:
+        raise BadSample("json_schema", f"area {area}")
     spans = item.get("spans", [])
     if not isinstance(spans, list):
         raise BadSample("json_schema", "spans must be a list")
@@ -163,6 +167,7 @@ def _region(item: Any, caption: str, size: tuple[int, int]) -> Region:
         score=score,
         mask=mask,
         crowd=crowd,
+        area=area,
     )
 
 

@@ -28,6 +28,9 @@ class Region:
     """COCO run-length encoding {"size": [h, w], "counts": str}."""
     crowd: bool = False
     """A group that names no single object: not trained on, and forgiven in evaluation."""
+    area: float | None = None
+    """In square pixels, as the source states it, where mask or box say something else: evaluation
+    sorts objects by it into small, medium and large."""
 
 
 @dataclass(frozen=True, kw_only=True)

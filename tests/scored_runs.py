@@ -80,7 +80,24 @@ def write_tasks(folder: Path) -> dict[str, str]:
         scene(n, task="captioning", caption="a red square", captions=("a red square", "a shape"))
         for n in range(3)
     ]
-    sets = {"referring": referring, "vqa": asked, "captioning": told}
+    secret = [
+        dataclasses.replace(
+            record,
+            questions=tuple(dataclasses.replace(own, answers=()) for own in record.questions),
+        )
+        for record in asked
+    ]
+    spanless = [
+        dataclasses.replace(
+            record,
+            task="captioning",
+            regions=tuple(dataclasses.replace(region, spans=()) for region in record.regions),
+        )
+        for record in referring
+    ]
+    several = [dataclasses.replace(record, regions=record.regions * 2) for record in referring]
+    sets = {"referring": referring, "vqa": asked, "captioning": told, "secret": secret,
+            "secret2": secret[:2], "spanless": spanless, "several": several}  # fmt: skip
     few = [
         dataclasses.replace(
             r, task="detection", caption="",
@@ -93,7 +110,7 @@ def write_tasks(folder: Path) -> dict[str, str]:
     info = {"lvis": {"frequency": ["r", "c", "f"]}}
     for name, records in sets.items():
         categories = ("cat", "blue_dog", "cow") if records is few else ()
-        if name in ("vqa", "captioning"):
+        if name in ("vqa", "captioning", "secret", "secret2"):
             records = [dataclasses.replace(record, regions=()) for record in records]
         write_shard_set(
             str(folder / name), records, categories, info.get(name, {}), samples_per_shard=2

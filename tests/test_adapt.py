@@ -23,7 +23,7 @@ from glipv2.jobs.report import write_report  # noqa: E402
 from glipv2.pipeline import ray_map  # noqa: E402
 from glipv2.pipeline.config import PrepareConfig  # noqa: E402
 from glipv2.pipeline.config_loader import config_from_tree, load_config  # noqa: E402
-from glipv2.pipeline.errors import ConfigError, RankFailedError  # noqa: E402
+from glipv2.pipeline.errors import ConfigError, PreemptedError, RankFailedError  # noqa: E402
 from glipv2.pipeline.shard_reader import iterate_records, open_shard_set  # noqa: E402
 from glipv2.pipeline.shards import write_shard_set  # noqa: E402
 
@@ -157,16 +157,25 @@ def test_what_fails_does_not_stop_the_others(
         "train.init=null",
     ])  # fmt: skip
 
+    failures: list[Exception] = [
+        RankFailedError("rank 0 was killed"), RuntimeError("CUDA out of memory"),
+    ]  # fmt: skip
+
     def fail(tuned: Any) -> str:
-        raise RankFailedError("rank 0 was killed")
+        raise failures.pop(0)
 
     monkeypatch.setattr(adapt_cell, "pretrain", fail)
     cells = plan(config, {"full": config})
     results = adapt.adapt(config, cells)
-    assert len(done) == 2 and [r["error"] for r in results] == ["rank 0 was killed"] * 2
+    assert len(done) == 2
+    assert [r["error"] for r in results] == ["rank 0 was killed", "CUDA out of memory"]
     assert "1-shot/seed-3" in results[0]["run"]
     page = write_report(str(tmp_path / "run"))
     assert "rank 0 was killed" in Path(page).read_text()
+    failures.append(PreemptedError("stopped as told to; step 2 is saved"))
+    with pytest.raises(PreemptedError):  # no failure: the same command goes on with it
+        adapt.adapt(config, cells)
+    assert not failures
 
 
 def test_what_can_not_be_compared_is_refused(recipe: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 
 import pytest
 
@@ -118,6 +119,39 @@ def test_scores_of_a_small_corpus_are_those_of_the_formulas():
     }  # fmt: skip
 
 
+OFFICIAL_SAID = {
+    "a": "a brown dog runs over the green grass in the park",
+    "b": "two men are standing next to an old red car",
+    "c": "a a a a a cat on the mat",
+    "d": "the sky",
+    "e": "a man in a blue shirt rides a horse on the beach",
+}
+OFFICIAL_GIVEN = {
+    "a": ("a brown dog runs over the green lawn", "the dog is running in the park",
+          "a dog on the grass"),
+    "b": ("two men are standing next to a red car", "men near a car", "a red car and two old men"),
+    "c": ("a cat sits on the mat", "the cat on the mat sleeps"),
+    "d": ("a very blue sky above the sea", "clouds in the sky"),
+    "e": ("a man rides a horse on the beach at sunset",
+          "a person in a blue shirt rides a brown horse", "man and horse by the sea"),
+}  # fmt: skip
+OFFICIAL_RECORDS = [record(key, *captions) for key, captions in OFFICIAL_GIVEN.items()]
+OFFICIAL = {
+    "bleu_1": 0.8863636363434918, "bleu_2": 0.8118441408663549, "bleu_3": 0.7291756095092093,
+    "bleu_4": 0.6521924924639582, "rouge_l": 0.7336962114130706, "cider_d": 2.8635070979052117,
+}  # fmt: skip
+"""Of pycocoevalcap 1.2: `Bleu(4)`, `Rouge()` and `Cider()` with `compute_score(given, said)`, where
+`given` is {key: list of captions} and `said` {key: [caption]}; no tokeniser is needed, for these
+captions are words between single spaces."""
+OFFICIAL_METEOR = 0.43228466842755425
+"""Of `Meteor()` of the same package and corpus, with Java 17."""
+
+
+def test_scores_are_those_of_the_official_code():
+    ours = caption_scores(OFFICIAL_RECORDS, OFFICIAL_SAID).to_dict()
+    assert {name: ours[name] for name in OFFICIAL} == pytest.approx(OFFICIAL, abs=1e-6)
+
+
 def test_a_perfect_caption_scores_the_most_and_silence_the_least():
     texts = {"a": "a dog on the green grass", "b": "two men near a red car in town"}
     records = [record(key, text) for key, text in texts.items()]
@@ -181,7 +215,7 @@ def test_what_cannot_be_scored_is_refused():
 
 def test_without_java_its_scores_say_what_to_install(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ConfigError, match=r"meteor and spice need Java .*glipv2\[captions\]"):
+    with pytest.raises(ConfigError, match=r"METEOR and SPICE need Java .*glipv2\[captions\]"):
         java_scores(RECORDS, SAID)
     with pytest.raises(ValueError, match="'bleu' is neither"):
         java_scores(RECORDS, SAID, ["bleu"])
@@ -194,3 +228,26 @@ def test_meteor_of_pycocoevalcap():
     perfect = java_scores(RECORDS, {key: texts[0] for key, texts in GIVEN.items()}, ["meteor"])
     assert 0 < java_scores(RECORDS, SAID, ["meteor"])["meteor"] < perfect["meteor"]
     assert perfect["meteor"] == pytest.approx(1, abs=0.01)
+    official = java_scores(OFFICIAL_RECORDS, OFFICIAL_SAID, ["meteor"])
+    assert official["meteor"] == pytest.approx(OFFICIAL_METEOR, abs=1e-6)
+
+
+def test_spice_without_its_models_is_told_and_left_out(monkeypatch, tmp_path, caplog):
+    """As on a machine that can't download them; the package is a stand-in that fails alike."""
+    spice = (
+        "from urllib.error import URLError\n"
+        "class Spice:\n"
+        "    def __init__(self): raise URLError('name or service not known')\n"
+    )
+    meteor = "class Meteor:\n    def compute_score(self, truths, said): return 0.25, []\n"
+    for name, text in (("spice", spice), ("meteor", meteor)):
+        (tmp_path / "pycocoevalcap" / name).mkdir(parents=True)
+        (tmp_path / "pycocoevalcap" / name / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    for name in [name for name in sys.modules if name.startswith("pycocoevalcap")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert java_scores(RECORDS, SAID) == {"meteor": 0.25}
+    assert "no SPICE: " in caplog.text and "evaluate again with --score-only" in caplog.text
+    for name in [name for name in sys.modules if name.startswith("pycocoevalcap")]:
+        del sys.modules[name]

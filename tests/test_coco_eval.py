@@ -2,20 +2,25 @@
 
 import contextlib
 import io
+import json
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from glipv2.eval.coco import coco_ap, coco_document_truth, coco_truth
 from glipv2.eval.predictions import ScoredBoxes, scored_boxes
+from glipv2.jobs.prepare import prepare_set
+from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.records import Record, Region
+from glipv2.pipeline.shard_reader import iterate_records
 
 HEIGHT, WIDTH = 150, 200
 NAMES = (
@@ -209,6 +214,30 @@ def test_a_coco_file_is_scored_as_it_is_polygons_areas_and_all():
         assert_same(result, *judge(tree, by_image, names, by), names)
     by_id = {str(image): own for image, own in by_image.items()}
     assert coco_ap(coco_document_truth(tree), by_id, "mask") == result
+
+
+@pytest.mark.parametrize("by", ["box", "mask"])
+def test_a_prepared_coco_file_is_scored_by_the_areas_that_it_states(tmp_path, by):
+    rng = np.random.default_rng(4)
+    records, found, names = random_case(4)
+    tree = document(records, names)
+    for annotation in tree["annotations"]:  # on the other side of an edge than the mask's pixels
+        annotation["area"] = float(rng.choice([0, 1023.5, 1024.5, 9215.25, 9216.75, 20000]))
+    for image in tree["images"]:
+        image["file_name"] = f"{image['id']}.jpg"
+        Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / image["file_name"])
+    (tmp_path / "instances.json").write_text(json.dumps(tree))
+    options = PrepareConfig(
+        source="coco", annotations=(str(tmp_path / "instances.json"),), images=(str(tmp_path),)
+    )
+    prepare_set(str(tmp_path / "set"), options)
+    read = list(iterate_records(str(tmp_path / "set")))
+    assert [record.provenance["image_id"] for record in read] == list(range(len(records)))
+    assert {region.area for record in read for region in record.regions} > {0, 1023.5}
+    found_by_key = {r.key: own for r, own in zip(read, found.values(), strict=True)}
+    result = coco_ap(coco_truth(read, names), found_by_key, by)
+    stats, precision = judge(tree, dict(enumerate(found.values())), names, by)
+    assert_same(result, stats, precision, names)
 
 
 def test_equal_scores_keep_the_order_of_the_images_then_of_the_boxes():

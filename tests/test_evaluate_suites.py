@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from glipv2.eval.detection import average_precision  # noqa: E402
 from glipv2.eval.odinw import odinw_sets  # noqa: E402
 from glipv2.jobs.evaluate import evaluate_suites, suite_table  # noqa: E402
 from glipv2.jobs.evaluate_predict import as_detection, read_predictions  # noqa: E402
+from glipv2.jobs.evaluate_score import Scores, averages  # noqa: E402
 from glipv2.jobs.evaluate_suites import evaluate_suite, make_job, open_suite  # noqa: E402
 from glipv2.model.glip import GLIPv2  # noqa: E402
 from glipv2.model.grounder import Grounder  # noqa: E402
+from glipv2.model.weights import from_pretrained, model_files  # noqa: E402
 from glipv2.pipeline import ray_map  # noqa: E402
 from glipv2.pipeline.checkpoint import write_folder  # noqa: E402
 from glipv2.pipeline.errors import ConfigError, DataError  # noqa: E402
@@ -219,7 +222,9 @@ def test_every_task_is_scored_with_the_heads_it_needs(
         ("lvis", "captioning", "frequencies of categories"),
         ("lvis", "few", "frequencies of categories"),
         ("phrases", "lvis", "captions with boxes"),
+        ("phrases", "spanless", "captions with boxes of their phrases"),
         ("referring", "captioning", "expressions"),
+        ("referring", "several", "expressions of one box each"),
         ("segmentation", "vqa", "expressions with masks"),
         ("vqa", "captioning", "questions"),
         ("captioning", "vqa", "captions"),
@@ -231,6 +236,46 @@ def test_a_set_that_a_task_cannot_score_is_refused_before_predicting(
     config = scored_config(tmp_path / "run", {"odd": {"set": str(data / given), "task": task}})
     with pytest.raises(ConfigError, match=rf"eval\.suites\.odd .*needs {lacking}.*has none: give"):
         open_suite(config, "odd")
+
+
+def test_what_only_scoring_needs_is_looked_for_before_predicting(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = [{"question_id": n, "answer_type": "other", "question_type": "x"} for n in (1, 2)]
+    files = {"other": {"annotations": known}, "coco": {"annotations": [{"id": 1}]}}
+    for name, tree in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(tree))
+    told = {"absent": "absent.json", "coco": "this is not a VQAv2 annotation",
+            "other": r"does not tell the kind of question 01 of .*vqa: give the file"}  # fmt: skip
+    for name, problem in told.items():
+        suite = {"set": str(data / "vqa"), "task": "vqa", "annotations": f"{tmp_path}/{name}.json"}
+        with pytest.raises(ConfigError, match=rf"eval\.suites\.odd\.annotations: .*{problem}"):
+            open_suite(scored_config(tmp_path / "run", {"odd": suite}), "odd")
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    suite = {"set": str(data / "captioning"), "task": "captioning", "java": True}
+    with pytest.raises(ConfigError, match="METEOR and SPICE need Java"):
+        open_suite(scored_config(tmp_path / "run", {"odd": suite}), "odd")
+
+
+def test_secret_answers_are_exported_and_not_scored(
+    data: Path, tmp_path: Path, done: list[Any]
+) -> None:
+    """As of VQAv2's test-dev and test-std, alone or both together."""
+    dev, std = str(data / "secret"), str(data / "secret2")
+    suites = {"dev": {"set": dev, "task": "vqa"},
+              "both": {"sets": {"dev": dev, "std": std}, "task": "vqa"}}  # fmt: skip
+    config = scored_config(tmp_path / "run", suites)
+    alone, both = evaluate_suites(config, {"model": str(data / "model")})["model"]
+    assert alone["metrics"] == {"questions": 6} and both["metrics"] == {"questions": 10}
+    [folder] = (tmp_path / "run" / "eval").glob("model-*")
+    exported = json.loads((folder / "dev.evalai.json").read_text())
+    assert [entry["question_id"] for entry in exported] == [1, 2, 11, 12, 21, 22]
+    assert (folder / "both.dev.evalai.json").read_text() == (folder / "dev.evalai.json").read_text()
+    assert len(json.loads((folder / "both.std.evalai.json").read_text())) == 4
+    assert "questions" in suite_table({"model": [alone, both]})
+    mixed = {"mixed": {"sets": {"val": str(data / "vqa"), "std": std}, "task": "vqa"}}
+    with pytest.raises(DataError, match="accuracy is undefined for std"):
+        evaluate_suites(scored_config(tmp_path / "run", mixed), {"model": str(data / "model")})
 
 
 def test_an_image_is_encoded_once_for_all_questions_about_it(
@@ -280,6 +325,39 @@ def test_lvis_keeps_as_many_boxes_as_asked_of_every_prompt(
         assert np.array_equal(np.sort(few), np.sort(many)[-100:])
 
 
+def test_low_scores_are_kept_and_the_best_box_of_an_expression_whatever_it_is(
+    data: Path, tmp_path: Path, done: list[Any]
+) -> None:
+    """Facts D.1: only what a phrase is less probable than 0.05 at is left out; facts I: of an
+    expression not even that."""
+    suites = {
+        "boxes": {"set": str(data / "few")},
+        "phrases": {"set": str(data / "referring"), "task": "phrases"},
+        "expressions": {"set": str(data / "referring"), "task": "referring"},
+    }
+    config = scored_config(tmp_path / "run", suites)
+    for name, bias, centerness in (("shy", 0.0, -7.0), ("unsure", -7.0, 0.0)):
+        model, tokenizer = from_pretrained(data / "model")
+        torch.nn.init.constant_(model.alignment_head.bias0, bias)
+        torch.nn.init.constant_(model.box_head.centerness.bias, centerness)
+        (tmp_path / name).mkdir()
+        for file, content in model_files(model, tokenizer).items():
+            (tmp_path / name / file).write_bytes(content)
+        scores = {}
+        for suite in suites:
+            job = make_job(config, open_suite(config, suite), str(tmp_path / name))
+            evaluate_suite(job)
+            scores[suite] = [
+                entry["scores"]
+                for _, own in read_predictions(job.work()[suite])
+                for entry in own.values()
+            ]
+        for suite, own in scores.items():
+            wanted = name == "shy" or suite == "expressions"
+            assert all(bool(each) == wanted for each in own), (name, suite)
+        assert max(map(max, scores["expressions"])) < 0.05
+
+
 def test_several_sets_give_their_mean_and_median(
     data: Path, tmp_path: Path, done: list[Any]
 ) -> None:
@@ -290,6 +368,20 @@ def test_several_sets_give_their_mean_and_median(
     assert result["metrics"]["ap"] == pytest.approx(np.mean(ap))
     assert result["metrics"]["ap_median"] == pytest.approx(np.median(ap))
     assert len(done) == 2  # both are the same set, so its 4 images were looked at once
+    by_task = {
+        "referring": ({"accuracy": 0.5, "expressions": 3.0, "dropped": 1.0},
+                      {"accuracy": 1.0, "expressions": 5.0, "dropped": 0.0}),
+        "phrases": ({"recall_at_1": 0.5, "phrases": 3.0, "merged_phrases": 3.0},
+                    {"recall_at_1": 1.0, "phrases": 5.0, "merged_phrases": 5.0}),
+    }  # fmt: skip
+    counted = {
+        task: averages(task, {str(n): Scores(metrics=own) for n, own in enumerate(sets)})
+        for task, sets in by_task.items()
+    }
+    assert counted["referring"] == {
+        "accuracy": 0.75, "expressions": 8, "dropped": 1, "accuracy_median": 0.75
+    }  # fmt: skip
+    assert counted["phrases"]["phrases"] == counted["phrases"]["merged_phrases"] == 8
 
 
 def test_odinw_is_a_folder_of_its_sets(

@@ -1,11 +1,17 @@
 """LVIS AP of our records and of an annotation file: the same detections score the same."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
 from glipv2.eval.lvis import CLASSIC, FIXED, LvisDetections, lvis_ap, lvis_truth
-from glipv2.eval.lvis_records import lvis_document_detections, lvis_records_ap
+from glipv2.eval.lvis_records import (
+    lvis_document_detections,
+    lvis_records_ap,
+    lvis_records_truth,
+)
 from glipv2.eval.predictions import ScoredBoxes
 from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.records import Record, Region
@@ -122,6 +128,16 @@ def test_an_annotation_file_with_ids_of_its_own_scores_the_same():
         expected = lvis_records_ap(RECORDS, FOUND, CATEGORIES, FREQUENCY, FIXED, by)
         assert result.to_dict() == pytest.approx(expected.to_dict())
         assert result.per_category == pytest.approx({30: CAT, 7: DOG})
+
+
+def test_the_area_that_the_file_states_decides_the_size():
+    small, *others = RECORDS
+    regions = tuple(replace(region, area=2000.0) for region in small.regions)
+    stated = [replace(small, regions=regions), *others]
+    plain, own = (
+        lvis_records_truth(given, CATEGORIES, FREQUENCY).areas_N for given in (RECORDS, stated)
+    )
+    assert sorted(plain) == [100, 2000, 2000] and sorted(own) == [2000, 2000, 2000]
 
 
 def test_what_is_no_lvis_set_or_was_not_looked_at_is_refused():

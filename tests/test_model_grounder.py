@@ -2,6 +2,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from glipv2.model import postprocess
 from glipv2.model.batch import Detection
 from glipv2.model.boxes import pairwise_iou
 from glipv2.model.config import InputConfig, preset
@@ -281,6 +283,26 @@ def test_masks_are_those_of_the_mask_head_in_pixels_of_the_image(
     (enlarged, nothing) = grounder.detect([large, image], [NAMES, []], masks=True)
     assert enlarged.masks_KHW is not None and enlarged.masks_KHW.shape[1:] == (192, 288)
     assert nothing.masks_KHW is not None and nothing.masks_KHW.shape == (0, 64, 96)
+
+
+def test_masks_as_run_lengths_are_the_same_and_made_one_by_one(
+    grounder: Grounder, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = grounder.detect(images, [NAMES, NAMES, [], NAMES, NAMES], masks=True)
+    at_once: list[int] = []
+
+    def counting(maps_KSS: Tensor, *others: Any) -> Tensor:
+        at_once.append(len(maps_KSS))
+        return paste_masks(maps_KSS, *others)
+
+    monkeypatch.setattr(postprocess, "paste_masks", counting)
+    names = [NAMES, NAMES, [], NAMES, NAMES]
+    found = grounder.detect(images, names, masks="run_lengths", max_boxes=None)
+    assert set(at_once) == {1}
+    for one, other in zip(found, plain, strict=True):
+        assert one.masks_KHW is None and one.run_lengths_K == other.run_lengths()
+        assert one.to_dict() == other.to_dict()
+    assert sum(len(one.run_lengths_K or ()) for one in found) == len(at_once) > 100
 
 
 def test_a_detection_becomes_json_and_back(grounder: Grounder, images: list[Tensor]) -> None:

@@ -52,6 +52,15 @@ def test_the_score_is_the_root_of_mean_token_probability_times_centerness() -> N
     assert found.names == ["red square", "ring"]
 
 
+def test_an_unlikely_place_is_only_looked_at_where_that_is_asked_for() -> None:
+    out = outputs()
+    out.token_logits_BAT[0, 5, 4] = logit(0.04)
+    given = ([phrases(RING)], [["ring"]], torch.tensor([[32, 32]]))
+    (usual,), (every,) = detections(out, *given), detections(out, *given, min_probability=0.0)
+    assert len(usual.scores_K) == 0
+    assert every.scores_K[0].item() == pytest.approx(math.sqrt(0.04 * 0.81), rel=1e-5)
+
+
 def test_overlaps_of_one_phrase_are_suppressed_and_of_two_are_kept() -> None:
     out = outputs()
     out.deltas_BA4[0, 6, 0] = -10 * 8 / 16  # one cell to the left: on top of anchor 5

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -196,3 +199,22 @@ def test_workers_that_die_while_they_start_end_the_map(
 
 def test_the_same_work_runs_without_ray(tmp_path: Path) -> None:
     assert dict(map_in_process(partial(make_squarer, str(tmp_path)), [4, 5])) == {4: 16, 5: 25}
+
+
+def test_a_cluster_of_somebody_else_on_this_machine_is_not_joined() -> None:
+    """`ray start` leaves its address in a file, which Ray takes for ours without being told."""
+    code = (
+        "from glipv2.pipeline.ray_map import map_on_ray\n"
+        "print([r for _, r in map_on_ray(lambda: abs, [-2], num_actors=1)])"
+    )
+    short = "/tmp"  # for sockets
+    with tempfile.TemporaryDirectory(prefix="ray", dir=short) as folder:
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+        own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**own, "RAY_TMPDIR": folder}, check=False,
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-2] == "[2]"

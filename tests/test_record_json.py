@@ -3,6 +3,7 @@ import pickle
 import sys
 import tarfile
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,19 @@ def test_links_and_second_members_of_one_name_are_refused(tmp_path):
             pytest.raises(tarfile.HeaderError, match=second.name),
         ):
             list(shard_format.walk_samples(file))
+
+
+def test_an_area_is_kept_and_only_written_where_there_is_one():
+    plain = record()
+    stated = replace(plain, regions=(replace(plain.regions[0], area=1023.5),))
+    members = shards.record_members(stated)
+    assert json.loads(members["json"])["regions"][0]["area"] == 1023.5
+    assert shards.parse_record(shards.RawSample(key=stated.key, members=members)) == stated
+    assert b"area" not in shards.record_members(plain)["json"]
+    for wrong in (-1, "9", True):
+        text = altered(lambda d, area=wrong: d["regions"][0].update(area=area))
+        with pytest.raises(BadSample, match="json_schema: area"):
+            shards.parse_record(raw_with(json=text))
 
 
 def altered(change):

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from scored_runs import scored_config, write_detection  # noqa: E402
+from scored_runs import save_step, scored_config, write_detection  # noqa: E402
 
 from glipv2.jobs import schedule, schedule_alerts, schedule_attempts  # noqa: E402
 from glipv2.jobs.schedule import Scheduler  # noqa: E402
@@ -236,6 +236,21 @@ def test_failures_are_tried_again_later_and_given_up_and_reported_once(
     table = status_table(scheduler(run, val, **settings))
     assert table.splitlines()[2].split() == ["20", "failed"]
     assert "step 20, coco: failed: DataError" in table
+
+
+def test_a_suite_that_a_model_has_no_head_for_is_told_once_and_not_tried(
+    local: str, val: str, scoring: Scoring
+) -> None:
+    for step in (10, 20):
+        save_step(local, step)
+    suites = {"coco": {"set": val}, "masks": {"set": val, "masks": True}}
+    config = scored_config(local, suites)
+    assert Scheduler(config, once=True).serve() == 1
+    assert scoring.scored == [("coco", 20), ("coco", 10)]
+    [told] = alerts(local)
+    assert told["suite"] == "masks" and "eval.suites.masks needs a model with" in told["text"]
+    assert Scheduler(config, once=True).serve() == 1 and len(alerts(local)) == 1
+    assert "step 10, masks: failed: eval.suites.masks" in status_table(Scheduler(config, once=True))
 
 
 def test_a_job_that_schedulers_die_at_is_given_up(local: str, val: str, scoring: Scoring) -> None:

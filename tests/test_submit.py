@@ -133,10 +133,11 @@ def test_secrets_do_not_travel_in_a_jobs_record(
 @pytest.fixture
 def server() -> Iterator[Any]:
     """A dashboard that answers everybody with `.status`."""
-    answer = SimpleNamespace(status=200, port=0)
+    answer = SimpleNamespace(status=200, port=0, asked=0)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            answer.asked += 1
             self.send_response(answer.status)
             self.end_headers()
 
@@ -151,17 +152,40 @@ def server() -> Iterator[Any]:
         running.shutdown()
 
 
-def test_a_cluster_that_lets_everybody_in_is_refused(server: Any) -> None:
+def test_a_cluster_that_lets_everybody_in_is_refused(
+    server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     everywhere, here = (f"http://{host}:{server.port}" for host in ("0.0.0.0", "127.0.0.1"))
     refuse_open(here)
+    assert f"{here} asks for no token: everybody on this machine" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="runs jobs of anybody who can reach it"):
         refuse_open(everywhere)
-    server.status = 401
-    refuse_open(everywhere)
+    for server.status in (401, 403):
+        refuse_open(everywhere)
+    assert capsys.readouterr().err == ""
     with pytest.raises(ConfigError, match="no Ray job server answers at http://127.0.0.1:1:"):
         refuse_open("http://127.0.0.1:1")
     with pytest.raises(ConfigError, match="must be the cluster's dashboard"):
         connect("ray://head:10001")
+
+
+def test_no_answer_of_a_job_server_is_no_wish_for_a_token(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a proxy an open cluster that is not up yet must not pass for a closed one."""
+    monkeypatch.setattr(ray_jobs, "PAUSES_S", (0.0, 0.0))
+    address = f"http://127.0.0.1:{server.port}"
+    server.status = 404
+    with pytest.raises(ConfigError, match=f"{address} answers 404 Not Found to /api/jobs/"):
+        refuse_open(address)
+    assert server.asked == 1
+    for server.status, said in ((502, "502 Bad Gateway"), (503, "503 Service Unavailable")):
+        server.asked = 0
+        with pytest.raises(StoreError, match=f"{address} answers {said}, again and again"):
+            refuse_open(address)
+        assert server.asked == 3
+    monkeypatch.setattr(ray_jobs.time, "sleep", lambda _: setattr(server, "status", 401))
+    refuse_open(address)  # it was starting
 
 
 def test_a_mistake_is_told_before_anything_is_sent(

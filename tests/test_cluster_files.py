@@ -171,6 +171,15 @@ def test_pods_say_what_they_need() -> None:
             assert mounted == {volume["name"] for volume in pod.get("volumes", ())}
 
 
+@pytest.mark.parametrize("path", [*MANIFESTS, *PAGES], ids=lambda path: path.stem)
+def test_every_secret_that_pods_read_is_made_where_they_are_shown(path: Path) -> None:
+    named = {source["secretRef"]["name"] for pod in pods() for container in pod["containers"]
+             for source in container["envFrom"]}  # fmt: skip
+    text = path.read_text()
+    made = set(re.findall(r"kubectl create secret generic (\S+) --from-env-file=store.env", text))
+    assert made == (named if "kubectl apply" in text else set())
+
+
 def test_the_image_is_built_from_what_is_there() -> None:
     root = CLUSTER.parent.parent
     copied = re.findall(r"^COPY (\S+) ", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)

@@ -27,6 +27,7 @@ def start_ray(num_cpus: int, show_workers: bool = False) -> None:
     if ray.is_initialized():
         return
     own: dict[str, Any] = {
+        "address": "local",  # without it Ray would join a cluster that somebody started here
         "num_cpus": max(num_cpus, os.cpu_count() or 1),
         "object_store_memory": 200 << 20,
         "include_dashboard": False,

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -183,3 +186,18 @@ def test_workers_that_die_while_they_start_end_the_map(
 
 def test_the_same_work_runs_without_ray(tmp_path: Path) -> None:
     assert dict(map_in_process(partial(make_squarer, str(tmp_path)), [4, 5])) == {4: 16, 5: 25}
+
+
+def test_a_cluster_that_somebody_started_here_is_not_joined_unasked() -> None:
+    """`ray start` leaves its address in Ray's folder for all who come after."""
+    code = (
+        "from glipv2.pipeline.ray_cluster import start_ray; start_ray(1)\n"
+        "import ray; print(ray.get(ray.put('own')))"
+    )
+    with TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        Path(folder, "ray").mkdir()
+        Path(folder, "ray", "ray_current_cluster").write_text("127.0.0.1:9")
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_A")}
+        done = subprocess.run([sys.executable, "-c", code], env=clean | {"RAY_TMPDIR": folder},
+                              capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.stdout.strip() == "own", done.stderr[-2000:]

@@ -1,7 +1,6 @@
 """infra/cluster/pretrain.sbatch, with commands in Slurm's place that start its tasks here."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +10,14 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import ROOT, finish, smoke_recipe, wait_for  # noqa: E402
+from commands import (  # noqa: E402
+    ROOT,
+    command_line,
+    descendants,
+    finish,
+    smoke_recipe,
+    wait_for,
+)
 
 from glipv2.jobs.prepare import prepare_set  # noqa: E402
 from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
@@ -27,10 +33,10 @@ while [[ $1 == --* ]]; do shift; done
 for task in $(seq 0 {TASKS - 1}); do
     SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NTASKS={TASKS} "$@" & pids+=($!)
 done
-trap 'kill -TERM "${{pids[@]}}"' TERM
 highest=0
 for pid in "${{pids[@]}}"; do
-    while :; do wait "$pid"; code=$?; kill -0 "$pid" 2> /dev/null || break; done
+    wait "$pid"
+    code=$?
     ((code > highest)) && highest=$code
 done
 exit $highest
@@ -112,6 +118,7 @@ def test_how_the_ranks_end_decides_what_follows(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_preempted_run_is_queued_again_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:
     for name in ("toy_detection", "toy_grounding"):
         options = PrepareConfig(source="toy", set=name, count=40, size=64, seed=1)
@@ -128,11 +135,12 @@ def test_a_preempted_run_is_queued_again_and_goes_on(slurm: Slurm, tmp_path: Pat
     real = {"glipv2": f'#!/bin/bash\nexec {sys.executable} -m glipv2.jobs.cli "$@"\n'}
     process = slurm(recipe, f"run_dir={run}", own=real)
     wait_for(process, lambda: len(read_losses(str(run))) >= 1)
-    os.killpg(process.pid, signal.SIGTERM)  # as Slurm does: all tasks, and the batch shell not
+    for pid in descendants(process.pid):  # as Slurm: all tasks, but not the batch shell
+        if "glipv2.jobs.cli" in command_line(pid):
+            os.kill(pid, signal.SIGTERM)
     said = process.communicate(timeout=900)[0]
     assert lines(tmp_path / "scontrol") == [f"requeue {JOB}"], said
     assert committed_steps(str(run))[-1] == len(read_losses(str(run))) < 8
-    shutil.rmtree(tmp_path / "bin")
     process = slurm(recipe, f"run_dir={run}", own=real)
     said = process.communicate(timeout=900)[0]
     assert process.returncode == 0, said

@@ -11,17 +11,22 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
-from http.client import HTTPException
+from http.client import HTTPException, responses
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from glipv2.pipeline.errors import ConfigError, DataError, StoreError
+from glipv2.pipeline.progress import say
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 """Environment variable that stands for --address, as for Ray's own command."""
 TOKEN_FILE = Path("~/.ray/auth_token")
 PROBE = "/api/jobs/"
+WANTS_TOKEN = (401, 403)
+BUSY = (429, *range(500, 600))
+PAUSES_S = (1.0, 2.0, 4.0)
+"""Before a busy server is asked again."""
 POLL_S = 1.0
 LOST_S = 120.0
 """For which a cluster that does not answer is tried again while a job is followed."""
@@ -54,24 +59,61 @@ def connect(address: str | None) -> Any:
 
 
 def refuse_open(address: str) -> None:
-    """ConfigError when nothing answers there, or when it answers people without a token and is not
-    this very machine."""
+    """ConfigError when no job server answers there, or one that lets everybody in from elsewhere.
+
+    On the loopback address that is said, not refused: only this machine reaches it there, and it
+    may be the near end of a tunnel to a cluster that nobody else reaches. StoreError while busy.
+    """
+    code = answer_to_a_stranger(address)
+    if code in WANTS_TOKEN:
+        return
+    answers = f"{address} answers {code} {responses.get(code, '')}".rstrip()
+    if code in BUSY:
+        raise StoreError(
+            f"{answers}, again and again: the cluster is starting, or a proxy does not reach it; "
+            "try later"
+        )
+    if code >= 400:
+        raise ConfigError(
+            f"{answers} to {PROBE}, so it is no Ray job server; give the cluster's dashboard, such "
+            "as http://head:8265"
+        )
+    if is_loopback(address):
+        say(
+            f"{address} asks for no token: everybody on this machine, and who reaches the cluster "
+            "past it, can run commands there (RAY_AUTH_MODE=token on its nodes closes it)"
+        )
+        return
+    raise ConfigError(
+        f"{address} runs jobs of anybody who can reach it. Start the cluster with "
+        "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN in the environment of all its nodes (and of "
+        "this command), or reach its loopback address through a tunnel: "
+        "ssh -L 8265:127.0.0.1:8265 head"
+    )
+
+
+def answer_to_a_stranger(address: str) -> int:
+    """The code that one without a token gets from the job server; asked again while it is busy."""
+    code = _ask(address)
+    for pause in PAUSES_S:
+        if code not in BUSY:
+            break
+        time.sleep(pause)
+        code = _ask(address)
+    return code
+
+
+def _ask(address: str) -> int:
     try:
-        urllib.request.urlopen(f"{address}{PROBE}", timeout=10).close()  # noqa: S310 - http(s) only
-    except urllib.error.HTTPError:
-        return  # it wants a token
+        with urllib.request.urlopen(f"{address}{PROBE}", timeout=10) as answer:  # noqa: S310 - http(s) only
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
     except (OSError, ValueError, HTTPException) as error:
         raise ConfigError(
             f"no Ray job server answers at {address}: {error}; its port is that of the dashboard, "
             "8265 unless the cluster says otherwise"
         ) from error
-    if not is_loopback(address):
-        raise ConfigError(
-            f"{address} runs jobs of anybody who can reach it. Start the cluster with "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN in the environment of all its nodes (and of "
-            "this command), or reach its loopback address through a tunnel: "
-            "ssh -L 8265:127.0.0.1:8265 head"
-        )
 
 
 def is_loopback(address: str) -> bool:

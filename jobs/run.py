@@ -30,14 +30,20 @@ def run(arguments: argparse.Namespace) -> int:
     use_cluster(arguments.address)
     config = recipe_config(arguments)
     _check(config)
-    summary = main_job(config, {p: recipe_config(arguments, p) for p in config.phases})
+    phases = {phase: recipe_config(arguments, phase) for phase in config.phases}
+    summary = main_job(config, phases, arguments.address)
     print(summary_table(summary))  # noqa: T201 - the answer of the command
     print(f"report: {storage.join(config.run_dir, 'report.html')}")  # noqa: T201
     return 0
 
 
-def main_job(config: RunConfig, phases: dict[str, RunConfig]) -> dict[str, Any]:
-    """All stages in order; returns the summary that is also written to RUN/summary.json."""
+def main_job(
+    config: RunConfig, phases: dict[str, RunConfig], address: str | None = None
+) -> dict[str, Any]:
+    """All stages in order; returns the summary that is also written to RUN/summary.json.
+
+    With `address` the phases are trained on that cluster, which the other stages have joined.
+    """
     from glipv2.jobs.evaluate import evaluate
     from glipv2.jobs.evaluate_main import all_models
     from glipv2.jobs.label import label
@@ -53,7 +59,7 @@ def main_job(config: RunConfig, phases: dict[str, RunConfig]) -> dict[str, Any]:
     with stage(run_dir, "prepare"):
         prepare_recipe(config)
     with stage(run_dir, "teacher"):
-        pretrain(phases["teacher"])
+        pretrain(phases["teacher"], address)
     with stage(run_dir, "label"):
         label(config)
     stopped = False
@@ -66,7 +72,7 @@ def main_job(config: RunConfig, phases: dict[str, RunConfig]) -> dict[str, Any]:
                 label(own)
         if phase != "teacher":
             with stage(run_dir, phase):
-                pretrain(own)
+                pretrain(own, address)
     with stage(run_dir, "evaluate"):
         evaluate(config, all_models(config))
     with stage(run_dir, "report"):

@@ -10,7 +10,7 @@ import re
 import secrets
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +22,8 @@ import yaml
 
 from glipv2.jobs.ray_jobs import STOPPED, connect, follow
 from glipv2.pipeline import storage
+from glipv2.pipeline.answers import read_answers
+from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.config_loader import as_tree, load_config, override_tree, read_recipe
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.progress import say
@@ -29,12 +31,17 @@ from glipv2.pipeline.progress import say
 STAGES = ("label", "pretrain", "evaluate", "schedule", "adapt", "run")
 PACKAGES = ("model", "pipeline", "data_prep", "eval", "jobs")
 SHIPPED = ("*.py", "*.yaml", "*.txt", "*.html", "*.css")
-SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
+SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL|WEBHOOK|SLACK", re.IGNORECASE)
 PHASE = r"(phases\.[^.]+\.)?"
 PLACES = re.compile(rf"{PHASE}(data\.(root|vocabulary)|eval\.suites\.[\w-]+\.annotations)")
 """Settings of which a name without a folder is a place, too: that where a command is started."""
 ANSWERS = re.compile(rf"{PHASE}model\.answers")
 """A list, or the file of it; the loaded configuration holds the list."""
+SPLITS = re.compile(r"adapt\.sets\.[\w-]+\.splits")
+"""Where shots and seed are still to be filled in, so that no such file is found."""
+MODELS = re.compile(rf"{PHASE}(train\.init|label\.teacher)")
+"""Of which a name without a folder is a phase of the run, and no folder where a command starts."""
+WEBHOOK = re.compile(rf"{PHASE}schedule\.webhook")
 OPTIONS = ("checkpoint", "out", "json")
 """Of stages, which name files or folders as well."""
 
@@ -112,12 +119,12 @@ def prepared(arguments: argparse.Namespace) -> Iterator[Job]:
     """The job in a temporary folder; ConfigError for what could not work on another machine."""
     words = [arguments.stage, arguments.recipe, *arguments.passed_on]
     config = _checked(words)
-    environment = _environment(arguments.env)
+    environment = _environment(arguments.env, config.schedule.webhook)
     with TemporaryDirectory(prefix="glipv2-job-") as folder:
         recipe, package = Path(folder, "recipe"), Path(folder, "glipv2")
         recipe.mkdir()
         name = _file(arguments.recipe)
-        whole = read_recipe(arguments.recipe)
+        whole = _with_answers(read_recipe(arguments.recipe))
         (recipe / name).write_text(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
         copy_package(package)
         command = [arguments.stage, name, *arguments.passed_on, "--address", "auto"]
@@ -130,7 +137,7 @@ def prepared(arguments: argparse.Namespace) -> Iterator[Job]:
         )
 
 
-def _checked(words: list[str]) -> Any:
+def _checked(words: list[str]) -> RunConfig:
     """The configuration, after finding every mistake that can be found here."""
     from glipv2.jobs.cli import parse
 
@@ -143,20 +150,32 @@ def _checked(words: list[str]) -> Any:
             f"run_dir {config.run_dir!r} would lie on one machine of the cluster and be lost: give "
             "a URL such as s3://bucket/run, or the absolute path of a folder that all nodes share"
         )
-    tree = as_tree(config)
-    if parsed.command != "run":  # which alone makes the sets
-        del tree["prepare"]
-    local = {text for key, text in _texts(tree) if _is_here_only(key, text)}
-    given = [_answer_files(override_tree(override)) for override in parsed.overrides]
-    answers = set().union(*given) or _answer_files(read_recipe(parsed.recipe))
-    options = {str(getattr(parsed, name, None) or "-") for name in OPTIONS} - {"-"}
-    local |= {url for url in answers | options if not is_shared(url)}
+    given = [pair for override in parsed.overrides for pair in _texts(override_tree(override))]
+    _refuse_webhooks([*_texts(read_recipe(parsed.recipe)), *given])
+    local = _only_here(parsed, config, given)
     if local:
         raise ConfigError(
             f"the job would name files of this machine: {', '.join(sorted(local))}; copy them to "
             "where the cluster's nodes reach them, and name them by URL or absolute path"
         )
     return config
+
+
+def _only_here(
+    parsed: argparse.Namespace, config: RunConfig, given: list[tuple[str, str]]
+) -> set[str]:
+    """Files of this machine that the stage would read or write; `given` is what overrides say."""
+    tree = as_tree(config)
+    if parsed.command != "run":  # which alone makes the sets
+        del tree["prepare"]
+    found = {text for key, text in _texts(tree) if _is_here_only(key, text)}
+    options = {str(getattr(parsed, name, None) or "-") for name in OPTIONS} - {"-"}
+    answers = {text for key, text in given if ANSWERS.fullmatch(key)}
+    found |= {url for url in answers | options if not is_shared(url)}
+    phases = load_config(parsed.recipe, parsed.overrides).phases
+    said = dict([*_texts(read_recipe(parsed.recipe)), *given])  # the last counts
+    models = {text for key, text in said.items() if MODELS.fullmatch(key)}
+    return found | {name for name in models.difference(phases, {""}) if Path(name).is_dir()}
 
 
 def is_shared(url: str) -> bool:
@@ -169,12 +188,29 @@ def is_shared(url: str) -> bool:
 def _is_here_only(key: str, text: str) -> bool:
     if PLACES.fullmatch(key):
         return text != "" and not is_shared(text)
-    path = Path(text)
-    return "/" in text and "://" not in text and not path.is_absolute() and path.exists()
+    if "/" not in text or "://" in text or Path(text).is_absolute():
+        return False
+    return SPLITS.fullmatch(key) is not None or Path(text).exists()
 
 
-def _answer_files(tree: dict[str, Any]) -> set[str]:
-    return {text for key, text in _texts(tree) if ANSWERS.fullmatch(key)}
+def _with_answers(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with its list of answers, instead of the name of a file of this machine."""
+    for section in (tree, *(tree.get("phases") or {}).values()):
+        model = (section or {}).get("model") or {}
+        if isinstance(model.get("answers"), str) and not is_shared(model["answers"]):
+            model["answers"] = list(read_answers(model["answers"]))
+    return tree
+
+
+def _refuse_webhooks(texts: Iterable[tuple[str, str]]) -> None:
+    """ConfigError for one in the recipe or the command, which stand in the job's record."""
+    for key, text in texts:
+        if WEBHOOK.fullmatch(key) and text and not text.startswith("$"):
+            raise ConfigError(
+                f"{key}: a webhook's URL is a secret, and all who see a job see its recipe and "
+                "command; put it into the environment of the nodes (a Secret of Kubernetes, or "
+                f"what Ray is started in), and give its name here: {key}=$SLACK_URL"
+            )
 
 
 def _texts(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -190,10 +226,10 @@ def _texts(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(value, f"{path}[]")
 
 
-def _environment(names: list[str]) -> dict[str, str]:
+def _environment(names: list[str], webhook: str) -> dict[str, str]:
     """Values of the named variables; none that is secret, as all who see a job see them."""
     for name in names:
-        if SECRET.search(name):
+        if SECRET.search(name) or webhook == f"${name}":
             raise ConfigError(
                 f"--env {name}: a job's variables stand in its record for all to read; give the "
                 "nodes their credentials (a role, or the environment that Ray is started in)"

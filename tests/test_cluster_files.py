@@ -1,42 +1,66 @@
-"""What infra/ has for clusters: well-formed manifests, and commands that are understood."""
+"""What infra/ has for clusters: manifests as schemas say, and commands that are understood."""
 
+import copy
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import kubernetes_validate
 import pytest
 import ray
 import yaml
+from ray.autoscaler._private.docker import docker_start_cmds
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from glipv2.jobs.cli import parse
+from glipv2.jobs.ray_jobs import TOKEN_FILE
 from glipv2.pipeline.config_loader import load_config
 from glipv2.pipeline.ray_cluster import room_on
 
 CLUSTER = Path(__file__).parent.parent / "infra" / "cluster"
 MANIFESTS = sorted((CLUSTER / "kubernetes").glob("*.yaml"))
 PAGES = sorted((CLUSTER.parent / "docs").glob("*.md"))
-RAY_CLUSTER = {"rayVersion", "authOptions", "enableInTreeAutoscaling", "headGroupSpec",
-               "workerGroupSpecs"}  # fmt: skip
-WORKERS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
-RAY_JOB = {"entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished",
-           "rayClusterSpec"}  # fmt: skip
-"""Fields of KubeRay's ray.io/v1 (its API reference) that ours use; a slip of the pen is not one."""
+KUBERAY = yaml.safe_load((CLUSTER.parent.parent / "tests/data/kuberay.yaml").read_text())
+KUBERNETES = kubernetes_validate.latest_version()
 
 
 def documents() -> list[dict[str, Any]]:
     return [yaml.safe_load(path.read_text()) for path in MANIFESTS]
 
 
+def ray_cluster(document: dict[str, Any]) -> dict[str, Any]:
+    spec = document["spec"]
+    return spec.get("rayClusterSpec", spec)
+
+
+def templates(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of every pod that a manifest makes."""
+    if document["kind"] == "CronJob":
+        return [document["spec"]["jobTemplate"]["spec"]["template"]]
+    cluster = ray_cluster(document)
+    return [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
 def ray_clusters() -> list[dict[str, Any]]:
-    specs = [document["spec"] for document in documents() if document["apiVersion"] == "ray.io/v1"]
-    return [spec.get("rayClusterSpec", spec) for spec in specs]
+    return [ray_cluster(document) for document in documents() if document["kind"] != "CronJob"]
 
 
 def pods() -> list[dict[str, Any]]:
-    groups = [g for c in ray_clusters() for g in (c["headGroupSpec"], *c["workerGroupSpecs"])]
-    crons = [d["spec"]["jobTemplate"]["spec"] for d in documents() if d["kind"] == "CronJob"]
-    return [owner["template"]["spec"] for owner in (*groups, *crons)]
+    return [template["spec"] for document in documents() for template in templates(document)]
+
+
+def validate(document: dict[str, Any]) -> None:
+    """Against the schemas of its kind; unknown fields are refused, as a cluster drops them."""
+    if document["apiVersion"] != "ray.io/v1":
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+        return
+    jsonschema.validate(document, KUBERAY)
+    for template in templates(document):
+        pod = {"apiVersion": "v1", "kind": "Pod", **template}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
 def commands() -> list[str]:
@@ -59,17 +83,78 @@ def test_every_command_is_understood(command: str) -> None:
         parse([parsed.stage, parsed.recipe, *parsed.passed_on])
 
 
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_manifests_are_what_their_schemas_allow(path: Path) -> None:
+    validate(yaml.safe_load(path.read_text()))
+
+
+def container(document: dict[str, Any]) -> dict[str, Any]:
+    return templates(document)[-1]["spec"]["containers"][0]
+
+
+def worker(document: dict[str, Any]) -> dict[str, Any]:
+    return ray_cluster(document)["workerGroupSpecs"][0]
+
+
+def renamed(tree: dict[str, Any], name: str, other: str) -> None:
+    tree[other] = tree.pop(name)
+
+
+SLIPS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "resource": lambda d: renamed(container(d), "resources", "resource"),
+    "quantity": lambda d: container(d)["resources"]["requests"].update(cpu=["8"]),
+    "secret": lambda d: container(d).update(envFrom=[{"secretRef": "store"}]),
+    "no container": lambda d: templates(d)[-1]["spec"].pop("containers"),
+    "spec": lambda d: d["spec"].update(backofLimit=3),
+}
+RAY_SLIPS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "group": lambda d: renamed(worker(d), "maxReplicas", "maxReplica"),
+    "count": lambda d: worker(d).update(replicas="4"),
+    "start": lambda d: worker(d).update(rayStartParams={"num-cpus": 0}),
+    "auth": lambda d: ray_cluster(d).update(authOptions={"mode": "tokens"}),
+    "head": lambda d: renamed(ray_cluster(d), "headGroupSpec", "headGroup"),
+}
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_a_slip_of_the_pen_is_noticed(path: Path) -> None:
+    document = yaml.safe_load(path.read_text())
+    for slip in (SLIPS | (RAY_SLIPS if document["kind"] != "CronJob" else {})).values():
+        wrong = copy.deepcopy(document)
+        slip(wrong)
+        with pytest.raises(jsonschema.ValidationError):
+            validate(wrong)
+
+
+def test_rays_launcher_takes_our_file() -> None:
+    launcher = yaml.safe_load((CLUSTER / "ray_up.yaml").read_text())
+    validate_config(prepare_config(copy.deepcopy(launcher)))
+    wrong = launcher | {"start_commands": ["ray stop"]}
+    with pytest.raises(jsonschema.ValidationError, match="start_commands"):
+        validate_config(prepare_config(wrong))
+
+
+def test_rays_launcher_brings_the_token_to_every_node() -> None:
+    launcher = prepare_config(yaml.safe_load((CLUSTER / "ray_up.yaml").read_text()))
+    docker = launcher["docker"]
+    started = docker_start_cmds(
+        "me", docker["image"], launcher["file_mounts"], docker["container_name"],
+        docker["run_options"], launcher["cluster_name"], "/root", "docker",
+    )  # fmt: skip
+    there = str(TOKEN_FILE.parent).replace("~", "/home/ray")
+    assert launcher["file_mounts"] == {there: str(TOKEN_FILE.parent)} and f":{there} " in started
+    assert "useradd --create-home --uid 1000 ray" in (CLUSTER / "Dockerfile").read_text()
+    # a variable without a value is that of the ssh session on the node, where nobody has set it
+    assert not re.search(r"(-e|--env) \w+( |$)", started)
+
+
 def test_clusters_run_our_ray_and_want_a_token() -> None:
     assert len(ray_clusters()) == 3
     for cluster in ray_clusters():
-        assert set(cluster) <= RAY_CLUSTER and cluster["authOptions"] == {"mode": "token"}
+        assert cluster["authOptions"] == {"mode": "token"}
         assert cluster["rayVersion"] == ray.__version__
         for group in cluster["workerGroupSpecs"]:
-            assert set(group) == WORKERS
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    for document in documents():
-        if document["kind"] == "RayJob":
-            assert set(document["spec"]) == RAY_JOB
     launcher = yaml.safe_load((CLUSTER / "ray_up.yaml").read_text())
     for start in (*launcher["head_start_ray_commands"], *launcher["worker_start_ray_commands"]):
         assert start == "ray stop" or start.startswith("RAY_AUTH_MODE=token ray start")
@@ -99,6 +184,15 @@ def test_a_pod_for_labelling_holds_an_actor_of_every_labelling_recipe() -> None:
     for recipe in recipes:
         label = load_config(str(recipe), []).label
         assert room_on([node], label.gpus_per_actor, label.cpus_per_actor) == 1, recipe
+
+
+@pytest.mark.parametrize("path", [*MANIFESTS, *PAGES], ids=lambda path: path.stem)
+def test_every_secret_that_pods_read_is_made_where_they_are_shown(path: Path) -> None:
+    named = {source["secretRef"]["name"] for pod in pods() for container in pod["containers"]
+             for source in container["envFrom"]}  # fmt: skip
+    text = path.read_text()
+    made = set(re.findall(r"kubectl create secret generic (\S+) --from-env-file=store.env", text))
+    assert made == (named if "kubectl apply" in text else set())
 
 
 def test_the_image_is_built_from_what_is_there() -> None:

@@ -12,8 +12,10 @@ from commands import SMOKE, finish  # noqa: E402
 from page_parser import assert_self_contained, shown  # noqa: E402
 
 from glipv2.data_prep.toy import toy_record  # noqa: E402
+from glipv2.jobs import pretrain  # noqa: E402
 from glipv2.jobs.cli import main  # noqa: E402
 from glipv2.jobs.evaluate_main import cache_key  # noqa: E402
+from glipv2.jobs.run import main_job  # noqa: E402
 from glipv2.pipeline.config_loader import load_config  # noqa: E402
 from glipv2.pipeline.ray_cluster import start_ray  # noqa: E402
 
@@ -120,6 +122,19 @@ def test_the_steps_one_by_one_leave_the_same_files_and_figures(
     assert list(again.pop("seconds")) == stages
     assert again == {name: value for name, value in summary.items() if name != "seconds"}
     assert content(run) == files - {Path("seconds/report.json")}
+
+
+def test_phases_are_trained_on_the_cluster_that_was_named(
+    run: Path, summary: dict[str, dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(
+        pretrain, "pretrain", lambda config, address=None: asked.append((config.run_dir, address))
+    )
+    config = load_config(str(SMOKE), [f"run_dir={run}"])
+    phases = {p: load_config(str(SMOKE), [f"run_dir={run}"], p) for p in config.phases}
+    assert main_job(config, phases, "10.0.0.1:6379") == summary
+    assert asked == [(f"{run}/{phase}", "10.0.0.1:6379") for phase in config.phases]
 
 
 def content(folder: Path) -> set[Path]:

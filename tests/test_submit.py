@@ -119,10 +119,13 @@ def test_what_would_be_lost_or_missing_on_the_cluster_is_refused(
 def test_secrets_do_not_travel_in_a_jobs_record(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "RAY_AUTH_TOKEN", "db_password"):
+    names = ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "RAY_AUTH_TOKEN", "db_password",
+             "SLACK_URL", "TEAM_WEBHOOK", "MORNING_NEWS")  # fmt: skip
+    for name in names:
         monkeypatch.setenv(name, "x")
         with pytest.raises(ConfigError, match=f"--env {name}: a job's variables stand in its"):
-            prepared(asked("label", recipe, "--env", name)).__enter__()
+            words = ("schedule.webhook=$MORNING_NEWS", "--env", name)
+            prepared(asked("schedule", recipe, *words)).__enter__()
     with pytest.raises(ConfigError, match="there is no such variable"):
         prepared(asked("label", recipe, "--env", "NOT_SET_HERE")).__enter__()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:8333")
@@ -130,13 +133,72 @@ def test_secrets_do_not_travel_in_a_jobs_record(
         assert job.environment["AWS_ENDPOINT_URL"] == "http://store:8333"
 
 
+def test_a_webhook_does_not_travel_in_a_jobs_command_or_recipe(recipe: Path) -> None:
+    secret = "https://hooks.example.org/T0/B0/xyz"
+    cure = r"schedule.webhook=\$SLACK_URL"
+    with pytest.raises(ConfigError, match=cure) as told:
+        prepared(asked("schedule", recipe, f"schedule.webhook={secret}")).__enter__()
+    assert "xyz" not in str(told.value)
+    with prepared(asked("schedule", recipe, "schedule.webhook=$SLACK_URL")) as job:
+        assert "'schedule.webhook=$SLACK_URL'" in job.command  # for no shell to fill in
+    tree = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump(tree | {"schedule": {"webhook": secret}}))
+    for words in ((), ("schedule.webhook=$SLACK_URL",)):  # the recipe travels whole
+        with pytest.raises(ConfigError, match=cure):
+            prepared(asked("schedule", recipe, *words)).__enter__()
+
+
+def test_a_list_of_answers_travels_with_the_recipe(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.txt").write_text("yes\nno\n")
+    tree = yaml.safe_load(recipe.read_text()) | {
+        "model": {"answers": "words.txt"},
+        "phases": {"student": {"model": {"answers": "words.txt"}}},
+    }
+    recipe.write_text(yaml.safe_dump(tree))
+    there = tmp_path / "there"
+    there.mkdir()
+    for words, answers in ((), ("yes", "no")), (("model.answers=[left,right]",), ("left", "right")):
+        with prepared(asked("pretrain", recipe, *words)) as job:
+            monkeypatch.chdir(there)
+            shipped = load_config(str(job.recipe / "mine.yaml"), list(words))
+            assert shipped.model.answers == answers
+        monkeypatch.chdir(tmp_path)
+
+
+def test_a_folder_here_is_not_taken_for_a_phase_there(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mymodel", "student", "teacher"):
+        (tmp_path / name).mkdir()
+    for key in ("train.init", "label.teacher"):
+        with pytest.raises(ConfigError, match="would name files of this machine: mymodel; copy"):
+            prepared(asked("pretrain", recipe, "train.init=student", f"{key}=mymodel")).__enter__()
+    with pytest.raises(ConfigError, match="files of this machine: mymodel; copy"):
+        words = ("--phase", "student", "train.init=mymodel")
+        prepared(asked("pretrain", recipe, *words)).__enter__()
+    with prepared(asked("pretrain", recipe, "train.init=student", "label.teacher=student")):
+        pass
+    splits = "adapt.sets.dice={train: s3://b/dice, suite: dice, splits: %s}"
+    for template in ("dice_{shots}_{seed}", "s3://b/{shots}_{seed}", "/mnt/{shots}_{seed}"):
+        with prepared(asked("adapt", recipe, "train.init=", splits % f"'{template}'")):
+            pass
+    template = "data/dice_{shots}_{seed}"
+    with pytest.raises(ConfigError, match=f"name files of this machine: {template}; copy"):
+        prepared(asked("adapt", recipe, "train.init=", splits % f"'{template}'")).__enter__()
+
+
 @pytest.fixture
 def server() -> Iterator[Any]:
     """A dashboard that answers everybody with `.status`."""
-    answer = SimpleNamespace(status=200, port=0)
+    answer = SimpleNamespace(status=200, port=0, asked=0)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            answer.asked += 1
             self.send_response(answer.status)
             self.end_headers()
 
@@ -151,17 +213,40 @@ def server() -> Iterator[Any]:
         running.shutdown()
 
 
-def test_a_cluster_that_lets_everybody_in_is_refused(server: Any) -> None:
+def test_a_cluster_that_lets_everybody_in_is_refused(
+    server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     everywhere, here = (f"http://{host}:{server.port}" for host in ("0.0.0.0", "127.0.0.1"))
     refuse_open(here)
+    assert f"{here} asks for no token: everybody on this machine" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="runs jobs of anybody who can reach it"):
         refuse_open(everywhere)
-    server.status = 401
-    refuse_open(everywhere)
+    for server.status in (401, 403):
+        refuse_open(everywhere)
+    assert capsys.readouterr().err == ""
     with pytest.raises(ConfigError, match="no Ray job server answers at http://127.0.0.1:1:"):
         refuse_open("http://127.0.0.1:1")
     with pytest.raises(ConfigError, match="must be the cluster's dashboard"):
         connect("ray://head:10001")
+
+
+def test_no_answer_of_a_job_server_is_no_wish_for_a_token(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a proxy an open cluster that is not up yet must not pass for a closed one."""
+    monkeypatch.setattr(ray_jobs, "PAUSES_S", (0.0, 0.0))
+    address = f"http://127.0.0.1:{server.port}"
+    server.status = 404
+    with pytest.raises(ConfigError, match=f"{address} answers 404 Not Found to /api/jobs/"):
+        refuse_open(address)
+    assert server.asked == 1
+    for server.status, said in ((502, "502 Bad Gateway"), (503, "503 Service Unavailable")):
+        server.asked = 0
+        with pytest.raises(StoreError, match=f"{address} answers {said}, again and again"):
+            refuse_open(address)
+        assert server.asked == 3
+    monkeypatch.setattr(ray_jobs.time, "sleep", lambda _: setattr(server, "status", 401))
+    refuse_open(address)  # it was starting
 
 
 def test_a_mistake_is_told_before_anything_is_sent(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -38,6 +39,8 @@ class Cluster:
     address: str
     environment: dict[str, str]
     """Of somebody who may use it."""
+    nodes: tuple[Path, ...] = ()
+    """The folder of each, with the logs of its processes."""
 
     def glipv2(self, *words: object, code: int = 0) -> str:
         """A command on this machine, from outside; what it printed on both streams."""
@@ -48,6 +51,12 @@ class Cluster:
         )  # fmt: skip
         assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout + done.stderr
+
+
+def actors(node: Path) -> set[str]:
+    """Names of the classes whose actors a node has run; every process notes that in its log."""
+    logs = node.glob("session_*/logs/worker-*.out")
+    return {name for log in logs for name in re.findall(r":actor_name:(\w+)", log.read_text())}
 
 
 def bare_python(folder: Path) -> Path:
@@ -67,18 +76,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Itera
     folder = tmp_path_factory.mktemp("cluster")
     python, port, dashboard = bare_python(folder / "bare"), "6399", "8299"
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
-    plain |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16),
-              "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    plain |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    token, home = secrets.token_hex(16), folder / "home"
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray" / "auth_token").write_text(token)  # all that a node of ray_up.yaml has
     nodes_know = plain | environment(s3_endpoint) | {
-        "PATH": f"{python.parent}:{plain['PATH']}",
+        "PATH": f"{python.parent}:{plain['PATH']}", "HOME": str(home), "RAY_AUTH_MODE": "token",
     }  # fmt: skip
-    start = [python, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2",
+    # of the two workers that stages have, a node has room for one
+    start = [python, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1",
              "--object-store-memory=200000000", "--dashboard-agent-listen-port=0"]  # fmt: skip
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}",
             "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]  # fmt: skip
     # two nodes on one machine, so what belongs to each must not be the other's
     other = [f"--address=127.0.0.1:{port}", "--min-worker-port=20002", "--max-worker-port=29999"]
     nodes: list[subprocess.Popen[bytes]] = []
+    folders: list[Path] = []
     with ExitStack() as stack:
         for role in (head, other):
             log = stack.enter_context(open(folder / f"node-{len(nodes)}.log", "wb"))
@@ -87,9 +100,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Itera
                                     stdout=log, stderr=log, start_new_session=True)  # fmt: skip
             stack.callback(end, node)
             nodes.append(node)
+            folders.append(Path(own))
             if role is head:
-                wait_for_dashboard(dashboard, plain["RAY_AUTH_TOKEN"])
-        yield Cluster(f"http://127.0.0.1:{dashboard}", plain | environment(s3_endpoint))
+                wait_for_dashboard(dashboard, token)
+        user = plain | environment(s3_endpoint) | {"RAY_AUTH_TOKEN": token}
+        yield Cluster(f"http://127.0.0.1:{dashboard}", user, tuple(folders))
 
 
 def end(node: "subprocess.Popen[bytes]") -> None:
@@ -155,6 +170,8 @@ def test_every_stage_runs_from_and_to_an_object_store(
     listed = cluster.glipv2("jobs", "list")
     assert "teach" in listed and "FAILED" in listed and listed.count("SUCCEEDED") == 4
     logs = cluster.glipv2("jobs", "logs", "teach")
+    for node in cluster.nodes:
+        assert {"RayTrainWorker"} <= actors(node), (actors(node), node)
     for told in (said, scored, wrong, listed, logs):
         assert SECRET_KEY not in told
 

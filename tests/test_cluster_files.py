@@ -10,6 +10,11 @@ import ray
 import yaml
 
 from glipv2.jobs.cli import parse
+from glipv2.jobs.pretrain import check_ranks
+from glipv2.pipeline.config_loader import load_config
+from glipv2.pipeline.engine import check_engine
+from glipv2.pipeline.loader import lane_count
+from glipv2.pipeline.ray_trainer import world_sizes
 
 CLUSTER = Path(__file__).parent.parent / "infra" / "cluster"
 MANIFESTS = sorted((CLUSTER / "kubernetes").glob("*.yaml"))
@@ -55,6 +60,22 @@ def test_every_command_is_understood(command: str) -> None:
     assert parsed.command == words[0]
     if parsed.command == "submit":
         parse([parsed.stage, parsed.recipe, *parsed.passed_on])
+
+
+RECIPES = CLUSTER.parent / "recipes"
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "pretrain s3:" in c])
+def test_what_a_manifest_pretrains_is_not_refused(command: str) -> None:
+    parsed = parse(shlex.split(command)[1:])
+    recipe = RECIPES / Path(parsed.recipe).name
+    config = load_config(str(recipe), parsed.overrides, parsed.phase)
+    check_ranks(config)
+    sizes = world_sizes(config)
+    assert sizes[0] == config.train.processes and sizes[-1] == config.supervise.min_processes
+    for size in sizes:
+        check_engine(config.train, size, cuda=True)
+        lane_count(config.data, config.train.global_batch, size)
 
 
 def test_clusters_run_our_ray_and_want_a_token() -> None:

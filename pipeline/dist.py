@@ -93,7 +93,8 @@ def agreed_attempt(store: dist.Store, rank: int, world_size: int) -> str:
     store.set(f"process-{rank}", own)
     while True:
         if rank == 0:
-            store.set("processes", b" ".join(store.multi_get([f"process-{r}" for r in ranks])))
+            noted = store.multi_get([f"process-{r}" for r in ranks])
+            store.set("processes", " ".join(note.decode() for note in noted))
         processes = store.get("processes").decode()
         attempt = f"attempt-{hashlib.sha256(processes.encode()).hexdigest()[:16]}"
         if processes.split()[rank : rank + 1] == [own]:

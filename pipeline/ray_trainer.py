@@ -1,7 +1,8 @@
 """The same training as a Ray Train job: its ranks are actors anywhere in a cluster.
 
 Ray starts the ranks again when one dies, also with fewer of them when nodes are lost and
-supervise.min_processes allows it; they go on from our own checkpoints, so Ray keeps none.
+supervise.min_processes allows it; they go on from our own checkpoints, so Ray keeps none. When a
+node is to be drained (Ray's word for a machine that will be taken away) the ranks save at once.
 """
 
 import logging
@@ -9,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,12 +20,13 @@ from glipv2.pipeline import dist, preemption
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import PreemptedError, RankFailedError, UserError, is_disk_full
 from glipv2.pipeline.launch import newest_step
+from glipv2.pipeline.loader import lane_count
 from glipv2.pipeline.ray_cluster import start_ray
 
 log = logging.getLogger(__name__)
 
 POLL = 1.0
-"""Seconds between two questions of the first rank whether the job was told to stop."""
+"""Seconds between two questions of the first rank whether the job is to stop, or a node to go."""
 
 
 def train_on_ray(config: RunConfig) -> None:
@@ -41,16 +43,17 @@ def train_on_ray(config: RunConfig) -> None:
     with TemporaryDirectory(prefix="glipv2-ray-train-") as folder, _signals_to(ends):
         progress = True
         while progress:
-            before, progress = newest_step(config), False
+            before, failure = newest_step(config), None
             try:
                 _job(config, ends, folder).fit()
             except TrainingFailedError as error:
-                failure, step = error, newest_step(config)
-                progress = step > before and ray.get(ends.first.remote()) is None
-                if progress:  # Ray counts all failures, we those since the newest checkpoint
-                    log.warning("going on from step %d after: %s", step, _last_line(error))
-            else:
-                failure = None
+                failure = error
+            step = newest_step(config)
+            over = step == config.train.steps or ray.get(ends.first.remote()) is not None
+            progress = not over and (failure is None or step > before)
+            if progress:  # Ray counts all failures, we those since the newest checkpoint
+                why = "a node is to go" if failure is None else _last_line(failure)
+                log.warning("going on from step %d after: %s", step, why)
     end = ray.get(ends.first.remote())
     if end is not None:
         raise end
@@ -72,6 +75,11 @@ def _job(config: RunConfig, ends: Any, folder: str) -> Any:
         def _register_sigint_handler(self, controller: Any) -> None:
             """Not Ray's, which drops the steps since the last checkpoint."""
 
+        def _initialize_and_run_controller(self, **parts: Any) -> Any:
+            if self.scaling_config.elasticity_enabled:
+                parts["scaling_policy"] = scaling_policy(self.scaling_config, world_sizes(config))
+            return super()._initialize_and_run_controller(**parts)
+
     supervise, processes = config.supervise, config.train.processes
     gpus = {"GPU": supervise.gpus_per_process} if supervise.gpus_per_process else {}
     least = supervise.min_processes
@@ -90,6 +98,29 @@ def _job(config: RunConfig, ends: Any, folder: str) -> Any:
             failure_config=FailureConfig(max_failures=supervise.max_restarts),
         ),
     )
+
+
+def world_sizes(config: RunConfig) -> list[int]:
+    """The numbers of ranks that may run, falling: those that can share batch and lanes equally."""
+    train, most = config.train, config.train.processes
+    lanes = lane_count(config.data, train.global_batch, most)
+    return [
+        size
+        for size in range(most, (config.supervise.min_processes or most) - 1, -1)
+        if lanes % size == 0 and train.global_batch % (size * train.accumulation) == 0
+    ]
+
+
+def scaling_policy(scaling: Any, sizes: Sequence[int]) -> Any:
+    """Ray's elastic policy, which would start any number of ranks that there is room for."""
+    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+
+    class Policy(ElasticScalingPolicy):
+        def _count_possible_workers(self, reserved_resources: Any) -> int:
+            room = super()._count_possible_workers(reserved_resources)
+            return next((size for size in sizes if size <= room), 0)
+
+    return Policy(scaling)
 
 
 class _Ends:
@@ -130,7 +161,10 @@ def _rank(job: dict[str, Any]) -> None:
         threading.Thread(target=_listen_to, args=(ends,), daemon=True).start()
     try:
         train(job["config"])
-    except (PreemptedError, UserError) as error:
+    except PreemptedError as error:
+        if ray.get(ends.told_to_stop.remote()):
+            ray.get(ends.note.remote(error))
+    except UserError as error:
         ray.get(ends.note.remote(error))
     except OSError as error:
         if not is_disk_full(error):
@@ -139,9 +173,13 @@ def _rank(job: dict[str, Any]) -> None:
 
 
 def _listen_to(ends: Any) -> None:
+    """Until the job is told to stop, or a node of it to go: the rank is told then."""
     import ray
+    from ray.train.v2._internal.execution.context import get_train_context
 
-    while not ray.get(ends.told_to_stop.remote()):
+    # ray.train.get_preemption_info would make all ranks wait for each other in every step
+    notice = get_train_context().preemption_context
+    while notice.preemption_info is None and not ray.get(ends.told_to_stop.remote()):
         time.sleep(POLL)
     preemption.ask()
 

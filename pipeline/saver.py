@@ -11,8 +11,9 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,10 +87,12 @@ class Saver:
         parts: ModelParts,
         keep: int,
         patience: float,
+        bounded: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`patience`: seconds that rank 0 waits for the files of the others."""
+        """`patience`: seconds that rank 0 waits for the files of the others; `bounded`: around the
+        writing of the own one, so that the rank in which it hangs is the one that says so."""
         self.run_dir, self.engine, self.ema, self.parts = run_dir, engine, ema, parts
-        self.keep, self.patience = keep, patience
+        self.keep, self.patience, self.bounded = keep, patience, bounded
         self.host: HostCopy | None = None
         self.copied = threading.Event()
         self.copied.set()
@@ -133,14 +136,15 @@ class Saver:
         self, step: int, attempt: str, fragments: Sequence[Fragment], state: Mapping[str, Any]
     ) -> None:
         url = step_url(self.run_dir, step)
-        try:
-            self.host = self.host or HostCopy(fragments)
-            self.host.fill(fragments)
-        finally:
-            self.copied.set()
-        name = f"state-{attempt}-{dist.rank():05d}"
-        listed = storage.write_pieces(storage.join(url, f"{name}.safetensors"), self.host.pieces())
-        storage.write_json(storage.join(url, f"{name}.json"), listed)
+        with self.bounded():
+            try:
+                self.host = self.host or HostCopy(fragments)
+                self.host.fill(fragments)
+            finally:
+                self.copied.set()
+            name = storage.join(url, f"state-{attempt}-{dist.rank():05d}")
+            listed = storage.write_pieces(f"{name}.safetensors", self.host.pieces())
+            storage.write_json(f"{name}.json", listed)
         if dist.is_main():
             self._commit(url, step, attempt, state)
 

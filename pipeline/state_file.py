@@ -44,14 +44,18 @@ class HostCopy:
         self.flat = torch.empty(numel, dtype=torch.float32, pin_memory=on_gpu)
 
     def fill(self, fragments: Sequence[Fragment]) -> None:
-        """Copy fragments of the same layout; done when it returns."""
+        """Copy fragments of the same layout; done when it returns.
+
+        May run on any thread: one that has chosen no GPU would ask the first one of the host
+        whether it is done.
+        """
         kinds = list(fragments[0].values) if fragments else []
         sources = [f.values[kind] for kind in kinds for f in fragments]
         targets = self.flat.split([len(source) for source in sources])
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source, non_blocking=True)
-        if self.flat.is_pinned():
-            torch.cuda.current_stream().synchronize()
+        for device in {source.device for source in sources if source.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
 
     def pieces(self) -> Iterator[bytes]:
         """The file, piece by piece."""

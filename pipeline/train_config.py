@@ -145,8 +145,9 @@ class SuperviseConfig:
     max_rollbacks: int = 3
     """Spikes after which a run goes back; one more ends it."""
     min_processes: int = 0
-    """On a Ray cluster: the run goes on with as few ranks as this when nodes are lost, and grows to
-    train.processes when they are back; 0 always wants train.processes."""
+    """On a Ray cluster: the run goes on with as few ranks as this when nodes are lost (of numbers
+    that share batch and lanes equally), and grows to train.processes when they are back; 0 always
+    wants train.processes."""
     gpus_per_process: float = 0.0
     """On a Ray cluster; train.threads says how many CPUs."""
 

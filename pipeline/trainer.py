@@ -5,6 +5,7 @@ import multiprocessing
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ from glipv2.pipeline.watch import Watch
 
 log = logging.getLogger(__name__)
 
+SAYS_SO = 5.0
+"""Seconds in which a rank whose write hangs ends by itself, before rank 0 gives it up."""
+
 
 def train(config: RunConfig) -> None:
     """Train to the last step; every rank runs this. PreemptedError when told to stop before."""
@@ -49,7 +53,7 @@ def train(config: RunConfig) -> None:
             torch.set_num_threads(config.train.threads)
             check_engine(config.train, dist.world_size(), torch.cuda.is_available())
             init_distributed()
-            while not _train(_set_up(config), watch):
+            while not _train(_set_up(config, watch), watch):
                 watch.begin("setup")
     finally:
         for loader in multiprocessing.active_children():
@@ -72,7 +76,7 @@ class Setup:
     position: Position
 
 
-def _set_up(config: RunConfig) -> Setup:
+def _set_up(config: RunConfig, watch: Watch) -> Setup:
     """A run's beginning, or where its newest checkpoint left it."""
     skips = read_skips(config.run_dir)
     saved = checkpoint_to_resume(config.run_dir, skips)
@@ -88,14 +92,15 @@ def _set_up(config: RunConfig) -> Setup:
     engine = build_engine(model.to(dist.local_device()), config.train)
     ema = Ema(engine, config.train.ema_decay) if config.train.ema_decay else None
     position = restore(saved, engine, ema) if saved else loader.start()
-    keep, patience = config.train.keep_checkpoints, config.supervise.save_seconds
+    keep, patience = config.train.keep_checkpoints, config.supervise.save_seconds + SAYS_SO
+    bounded = partial(watch.beside, "save")
     first_step = saved.step if saved else 0
     return Setup(
         config=config,
         engine=engine,
         ema=ema,
         loader=loader,
-        saver=Saver(config.run_dir, engine, ema, parts, keep, patience),
+        saver=Saver(config.run_dir, engine, ema, parts, keep, patience, bounded),
         recorder=Recorder(config, first_step),
         health=Health(config.run_dir, config.supervise, skips),
         collectives=dist.collectives(),

@@ -1,6 +1,7 @@
 """A watch in every rank: what hangs is found, leaves its stacks, and ends.
 
-A rank says which section of its work it begins; each has a time limit. When one is passed,
+A rank says which section of its work it begins; each has a time limit, and so has what a thread
+does beside it. When one is passed,
 the stacks of all threads are written to RUN/stacks and the process ends with exit code HUNG;
 whoever started it (our launcher, torchrun, Ray) starts the ranks again. SIGUSR1 writes the stacks
 of a healthy rank. Needs neither the process group nor the main thread.
@@ -14,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Literal
@@ -52,6 +54,7 @@ class Watch:
             "save": limits.save_seconds,
         }
         self.current: tuple[Section, float] | None = None  # and until when it may last
+        self.other: tuple[Section, float] | None = None
         self.ended = threading.Event()
 
     def __enter__(self) -> "Watch":
@@ -80,16 +83,23 @@ class Watch:
         later = self.seconds[section] + PUBLISH_SECONDS + BACKUP_SECONDS
         faulthandler.dump_traceback_later(later, exit=True, file=sys.__stderr__ or 2)
 
+    @contextmanager
+    def beside(self, section: Section) -> Iterator[None]:
+        """Around what another thread does of `section`, whatever the rank itself does meanwhile."""
+        self.other = section, time.monotonic() + self.seconds[section]
+        try:
+            yield
+        finally:
+            self.other = None
+
     def _look(self) -> None:
         while not self.ended.wait(TICK):
             if os.fstat(self.stacks).st_size > self.published:
                 time.sleep(TICK)  # for the handler to end
                 self._publish_new("asked for by SIGUSR1")
-            if self.current is None:
-                continue
-            section, until = self.current
-            if time.monotonic() > until:
-                self._end(section)
+            for begun in (self.current, self.other):
+                if begun and time.monotonic() > begun[1]:
+                    self._end(begun[0])
 
     def _end(self, section: Section) -> None:
         faulthandler.dump_traceback(self.stacks, all_threads=True)

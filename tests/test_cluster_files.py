@@ -16,9 +16,13 @@ from ray.autoscaler._private.docker import docker_start_cmds
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from glipv2.jobs.cli import parse
+from glipv2.jobs.pretrain import check_ranks
 from glipv2.jobs.ray_jobs import TOKEN_FILE
 from glipv2.pipeline.config_loader import load_config
+from glipv2.pipeline.engine import check_engine
+from glipv2.pipeline.loader import lane_count
 from glipv2.pipeline.ray_cluster import room_on
+from glipv2.pipeline.ray_trainer import world_sizes
 
 CLUSTER = Path(__file__).parent.parent / "infra" / "cluster"
 MANIFESTS = sorted((CLUSTER / "kubernetes").glob("*.yaml"))
@@ -146,6 +150,22 @@ def test_rays_launcher_brings_the_token_to_every_node() -> None:
     assert "useradd --create-home --uid 1000 ray" in (CLUSTER / "Dockerfile").read_text()
     # a variable without a value is that of the ssh session on the node, where nobody has set it
     assert not re.search(r"(-e|--env) \w+( |$)", started)
+
+
+RECIPES = CLUSTER.parent / "recipes"
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "pretrain s3:" in c])
+def test_what_a_manifest_pretrains_is_not_refused(command: str) -> None:
+    parsed = parse(shlex.split(command)[1:])
+    recipe = RECIPES / Path(parsed.recipe).name
+    config = load_config(str(recipe), parsed.overrides, parsed.phase)
+    check_ranks(config)
+    sizes = world_sizes(config)
+    assert sizes[0] == config.train.processes and sizes[-1] == config.supervise.min_processes
+    for size in sizes:
+        check_engine(config.train, size, cuda=True)
+        lane_count(config.data, config.train.global_batch, size)
 
 
 def test_clusters_run_our_ray_and_want_a_token() -> None:

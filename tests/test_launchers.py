@@ -130,6 +130,35 @@ def test_torchrun_starts_dead_ranks_again_and_passes_on_that_it_is_told_to_stop(
     assert (run / "losses.jsonl").read_bytes() == expected
 
 
+def test_two_hosts_that_find_each_other_go_on_when_a_rank_of_one_dies(
+    recipe: Path, folder: Path, expected: bytes
+) -> None:
+    """The agent of the killed rank counts a restart, the other one may not: it only sees that the
+    first one came again."""
+    run = folder / "c10d"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = [
+        "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=2",
+        "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two",
+        "--local-addr=127.0.0.1", "-m",
+    ]  # fmt: skip
+    settings = [f"run_dir={run}", "supervise.setup_seconds=90"]
+    agents = [by(agent, recipe, *settings) for _ in range(2)]
+    try:
+        wait_for(agents[0], lambda: made(run) >= 4)
+        victims = [pid for own in agents if (pid := rank_process(own.pid, 1)) is not None]
+        os.kill(victims[0], signal.SIGKILL)
+        for own in agents:
+            ended(own)
+    finally:
+        for own in agents:
+            own.kill()
+    assert not (run / "stacks").exists() or not list((run / "stacks").glob("*"))
+    assert (run / "losses.jsonl").read_bytes() == expected
+
+
 def test_ranks_whose_clocks_disagree_make_one_run(
     recipe: Path, folder: Path, expected: bytes
 ) -> None:

@@ -1,6 +1,8 @@
 """Fragments of any ranks fill fragments of any others; the file is plain safetensors."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +54,38 @@ def save(folder: Path, parts: list[list[Fragment]]) -> list[str]:
         assert (size, checksum) == (storage.size(url), storage.file_crc32c(url))
         urls.append(url)
     return urls
+
+
+class OnSecondGpu(torch.Tensor):
+    """What says that it is on cuda:1, so that a computer without one can tell what is asked."""
+
+    is_cuda = True
+    device = torch.device("cuda", 1)
+
+
+def test_a_copy_is_waited_for_on_the_gpu_that_holds_the_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread that saves has not chosen a GPU: it would ask the first one. Shows which stream is
+    asked, not that a transfer of a real GPU is done."""
+    fragments = whole([3, 5])
+    host = HostCopy(fragments)
+    monkeypatch.setattr(host.flat, "is_pinned", lambda: True, raising=False)
+    waited: list[Any] = []
+    monkeypatch.setattr(
+        torch.cuda,
+        "current_stream",
+        lambda device=None: SimpleNamespace(synchronize=lambda: waited.append(device)),
+    )
+    host.fill(
+        [
+            Fragment(f.name, 0, {k: v.as_subclass(OnSecondGpu) for k, v in f.values.items()})
+            for f in fragments
+        ]
+    )
+    assert waited == [torch.device("cuda", 1)]
+    host.fill(fragments)
+    assert len(waited) == 1  # of the CPU there is nothing to wait for
 
 
 def empty(fragments: list[Fragment]) -> list[Fragment]:

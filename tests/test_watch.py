@@ -80,6 +80,27 @@ time.sleep(2)
     assert not (tmp_path / "stacks").exists()
 
 
+def test_what_another_thread_does_beside_is_bounded_as_well(tmp_path: Path) -> None:
+    script = """
+from threading import Thread
+def writes(seconds):
+    with watch.beside("save"):
+        time.sleep(seconds)
+with watch:
+    for seconds in (0.8, 0.8, 60):  # the time of one is not that of the next
+        writer = Thread(target=writes, args=(seconds,), daemon=True)
+        writer.start()
+        for _ in range(5 if seconds < 60 else 100):
+            watch.begin("step")
+            time.sleep(0.2)
+"""
+    done = run(script, tmp_path)
+    assert done.returncode == HUNG
+    [text] = stacks(tmp_path)
+    assert text.startswith("rank 3: save takes more than supervise.save_seconds=1.5\n")
+    assert "in writes" in text
+
+
 def test_an_object_store_gets_the_stacks_too(s3_folder: str) -> None:
     script = """
 module.PUBLISH_SECONDS = 20

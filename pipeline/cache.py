@@ -6,17 +6,16 @@ nothing that hurts.
 """
 
 import contextlib
-import errno
 import logging
 import os
 import tempfile
 from pathlib import Path
 
 from glipv2.pipeline import storage
-from glipv2.pipeline.errors import ConfigError
+from glipv2.pipeline.errors import ConfigError, is_disk_full
 
 KEEP = 0.9
-"""Share of the limit that is left after old entries were removed."""
+"""Share of the limit, or of what it held on a full disk, that is left after old entries went."""
 SCAN_SHARE = 0.02
 """Share of the limit that one process writes between two looks at the folder."""
 log = logging.getLogger(__name__)
@@ -29,6 +28,7 @@ class RangeCache:
         self.folder = Path(storage.local_path(folder))
         self.limit = limit
         self._unscanned = limit  # so that the first write looks
+        self._warned = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,27 +68,33 @@ class RangeCache:
                 os.unlink(attempt)
                 raise
         except OSError as error:
-            log.warning("%s: nothing is kept (%s)", self.folder, error)
-            if error.errno == errno.ENOSPC:
-                self._shrink()
+            if not self._warned:
+                log.warning("%s: not all that is read is kept (%s)", self.folder, error)
+            self._warned = True
+            if is_disk_full(error):
+                self._shrink(full=True)
             return
         self._unscanned += len(data)
         if self._unscanned > SCAN_SHARE * self.limit:
             self._unscanned = 0
             self._shrink()
 
-    def _shrink(self) -> None:
-        """Remove the entries that were not used for longest, and attempts that a kill left."""
+    def _shrink(self, full: bool = False) -> None:
+        """Remove the entries that were not used for longest, and attempts that a kill left.
+
+        On a full disk some go even within the limit, for the next one to have room.
+        """
         entries = []
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):  # another process removes as well
                 status = entry.stat()
                 entries.append((status.st_mtime, status.st_size, entry.path))
         total = sum(size for _, size, _ in entries)
-        if total <= self.limit:
+        if total <= self.limit and not full:
             return
+        rest = KEEP * min(total, self.limit)
         for _, size, path in sorted(entries):
+            if total <= rest:
+                return
             Path(path).unlink(missing_ok=True)
             total -= size
-            if total <= KEEP * self.limit:
-                return

@@ -70,6 +70,9 @@ BUCKET = 5 * 10**7
 """Gradients that are reduced together: DeepSpeed's own 5e8 never fill up before the backward pass
 of these models ends, so that nothing overlaps, and are a gigabyte of buffer."""
 
+MIN_LOSS_SCALE = 1.0
+"""Of fp16: a gradient that overflows even so is not finite in itself."""
+
 
 def check_engine(train: TrainConfig, world_size: int, cuda: bool) -> None:
     """ConfigError for what this many ranks on such devices can't run."""
@@ -110,7 +113,7 @@ def zero_config(train: TrainConfig, world_size: int, cuda: bool) -> dict[str, An
             "initial_scale_power": 16,
             "loss_scale_window": 1000,
             "hysteresis": 2,
-            "min_loss_scale": 1,
+            "min_loss_scale": MIN_LOSS_SCALE,
         },
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -135,7 +138,19 @@ def build_engine(model: nn.Module, train: TrainConfig) -> Any:
             optimizer=build_optimizer(model, train),
             config=zero_config(train, dist.world_size(), torch.cuda.is_available()),
         )
+    if hasattr(loss_scaler(engine), "raise_error_at_min_scale"):
+        loss_scaler(engine).raise_error_at_min_scale = False  # train_step says more, and may go on
     return engine
+
+
+def loss_scaler(engine: Any) -> Any:
+    """DeepSpeed's dynamic loss scaler: with ZeRO an object of its own."""
+    found = getattr(engine.optimizer, "loss_scaler", None)
+    return found or getattr(engine.optimizer, "loss_scale_config", None)
+
+
+LEFT_OUT = "left_out"
+"""fp16: 1 where the gradient of a step overflowed, so that it changed nothing."""
 
 
 def train_step(
@@ -146,13 +161,16 @@ def train_step(
     weights: LossWeights,
     collectives: Collectives,
     before_update: Callable[[], None] = lambda: None,
+    after_update: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Forward and backward of each micro-batch, and one update; returns the losses, averaged over
-    micro-batches and ranks. `before_update` is called when weights and moments are about to change.
+    micro-batches and ranks. `before_update` is called when weights and moments are about to change,
+    `after_update` when they have.
 
     Raises NonFiniteLossError on all ranks together if a loss or the gradient is not finite, with
     weights and optimiser untouched and gradients dropped, so that the next step can follow. fp16
-    leaves out a step whose gradient overflows instead, and lowers its loss scale.
+    leaves out a step whose gradient overflows instead, and lowers its loss scale, as long as there
+    is a lower one; it returns the scale of the step too, and whether it was left out.
     """
     set_rates(engine.optimizer, step, train)
     if len(micro_batches) > 1:
@@ -173,11 +191,17 @@ def train_step(
             total = total * torch.where(mean.isfinite().all(), 1.0, math.nan)
         engine.backward(total)
     before_update()
+    fp16 = train.precision == "fp16"
+    scale = float(loss_scaler(engine).cur_scale) if fp16 else MIN_LOSS_SCALE
     updated = _update(engine, train)
     named = dict(zip(("loss", *losses), mean.tolist(), strict=True))
     check_finite(named, step, micro_batches)
-    if not updated and train.precision != "fp16":
+    if updated:
+        after_update()
+    elif scale <= MIN_LOSS_SCALE:
         raise _not_finite("the gradient is not finite", step, micro_batches)
+    if fp16:
+        named |= {"loss_scale": scale, LEFT_OUT: float(not updated)}
     return {"lr": train.learning_rate * schedule_factor(step, train), **named}
 
 

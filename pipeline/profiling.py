@@ -16,26 +16,44 @@ ROWS = 40
 
 
 class Profile:
-    """Records some steps after the first ones of a start; call `step` after each."""
+    """Records some steps after the first ones of a start; call `step` after each, and `close`."""
 
     def __init__(self, run_dir: str, config: ProfileConfig) -> None:
         self.folder, self.config = storage.join(run_dir, FOLDER), config
-        self.done = 0
+        self.recorded = -config.skip
         self.recorder: torch.profiler.profile | None = None
+        self._begin()
 
     def step(self) -> None:
         """A step has ended."""
-        self.done += 1
-        if self.recorder and self.done == self.config.skip + self.config.steps:
+        self.recorded += 1
+        self._begin()
+        if self.recorder and self.recorded == self.config.steps:
             self._end()
-        elif self.config.steps and self.done == self.config.skip:
-            activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(ProfilerActivity.CUDA)
-            self.recorder = torch.profiler.profile(
-                activities=activities, record_shapes=True, acc_events=True
+
+    def close(self) -> None:
+        """The run has ended, perhaps before all the steps that were asked for."""
+        if self.recorder and self.recorded:
+            self._end()
+            return
+        if self.recorder:
+            self.recorder.stop()
+        if self.config.steps and self.recorded <= 0:
+            say(
+                f"no step recorded: this start of the run made {self.recorded + self.config.skip}, "
+                f"and profile.skip is {self.config.skip}"
             )
-            self.recorder.start()
+
+    def _begin(self) -> None:
+        if not self.config.steps or self.recorded:
+            return
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        self.recorder = torch.profiler.profile(
+            activities=activities, record_shapes=True, acc_events=True
+        )
+        self.recorder.start()
 
     def _end(self) -> None:
         assert self.recorder is not None
@@ -50,7 +68,7 @@ class Profile:
         table = self.recorder.key_averages().table(sort_by=order, row_limit=ROWS)
         storage.write_bytes(storage.join(self.folder, TABLE), table.encode())
         say(
-            f"{self.config.steps} steps recorded: {storage.join(self.folder, TRACE)} (for Perfetto "
+            f"{self.recorded} steps recorded: {storage.join(self.folder, TRACE)} (for Perfetto "
             f"or chrome://tracing) and {storage.join(self.folder, TABLE)}"
         )
         self.recorder = None

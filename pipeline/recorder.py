@@ -14,6 +14,7 @@ from torch import nn
 from glipv2.model.batch import Batch, Collectives
 from glipv2.pipeline import dist, storage
 from glipv2.pipeline.config import RunConfig
+from glipv2.pipeline.engine import LEFT_OUT
 from glipv2.pipeline.flops import peak_flops, training_operations
 from glipv2.pipeline.profiling import Profile
 from glipv2.pipeline.progress import bar, say
@@ -58,7 +59,7 @@ class Recorder:
         self.recent: deque[StepTimes] = deque(maxlen=RECENT)
         self.recent_losses: deque[float] = deque(maxlen=RECENT)
         self.seconds = self.waited = 0.0
-        self.noted = 0
+        self.noted = self.overflows = 0
         self.losses = StepLog(config.run_dir, first_step)
         self.metrics = StepLog(config.run_dir, first_step, METRICS)
         self.samples = StepLog(config.run_dir, first_step, SAMPLES) if config.log.samples else None
@@ -75,16 +76,17 @@ class Recorder:
             self.operations_per_pixel = found / pixels(batch)
 
     def step(self, step: int, losses: dict[str, float], times: StepTimes) -> None:
-        """Note a step that updated the weights."""
+        """Note a step whose losses and gradients were fine, in fp16 but for an overflow."""
         if not self.main:
             return
         self.losses.append(step, losses)
         self.recent.append(times)
         self.recent_losses.append(losses["loss"])
         self.noted += 1
+        self.overflows += int(losses.get(LEFT_OUT, 0))
         self.seconds += times.seconds
         self.waited += times.waited
-        figures = self._figures()
+        figures = self._figures() | {LEFT_OUT: float(self._left_out(step + 1))}
         self.bar.set_postfix_str(_line(losses, figures), refresh=False)
         self.bar.update(1)
         if (step + 1) % self.config.log.every == 0:
@@ -99,6 +101,10 @@ class Recorder:
         if self.main and self.samples:
             keys = sorted(key for own in keys_by_rank for key in own)
             self.samples.append(step, {"samples": keys})
+
+    def _left_out(self, step: int) -> int:
+        """Of the steps that this start of the run made before `step`, those without an update."""
+        return step - self.first_step - self.noted + self.overflows
 
     def _figures(self) -> dict[str, float]:
         """Over the recent steps."""
@@ -131,8 +137,9 @@ class Recorder:
             return
         self.bar.close()
         self.flush()
+        self.profile.close()
         for tracker in self.trackers:
-            tracker.close()
+            tracker.close(finished=step == self.config.train.steps)
         if self.recent:
             self._summarise(step)
 
@@ -149,7 +156,7 @@ class Recorder:
             ),
             "data_wait_share": round(self.waited / max(1e-9, self.seconds), 4),
             "memory_gb": round(memory_gb(), 2),
-            "left_out": steps - self.noted,
+            LEFT_OUT: self._left_out(step),
             "loss": round(statistics.fmean(self.recent_losses or [0.0]), 4),
         }
         storage.write_json(storage.join(self.config.run_dir, SUMMARY), found)
@@ -160,7 +167,7 @@ class Recorder:
             f"{found['seconds']:.0f} s, {found['images_per_second']:.1f} img/s, "
             f"{found['data_wait_share']:.1%} of the time waiting for data{used}, "
             f"{found['memory_gb']:.1f} GB of memory, loss of the last "
-            f"{len(self.recent_losses)} steps {found['loss']:.3f}, {found['left_out']} left out"
+            f"{len(self.recent_losses)} steps {found['loss']:.3f}, {found[LEFT_OUT]} left out"
         )
 
 
@@ -174,7 +181,9 @@ def memory_gb() -> float:
 
 
 def _line(losses: dict[str, float], figures: dict[str, float]) -> str:
-    terms = " ".join(f"{name} {value:.2f}" for name, value in losses.items() if name != "lr")
+    terms = " ".join(
+        f"{name} {value:.2f}" for name, value in losses.items() if name not in ("lr", LEFT_OUT)
+    )
     shown = [terms, f"{figures['images_per_second']:.0f} img/s"]
     shown.append(f"data {figures['data_wait_share']:.0%}")
     shown.append(f"{figures['memory_gb']:.1f} GB")

@@ -12,6 +12,7 @@ from glipv2.model.folders import COMMIT, step_url
 from glipv2.pipeline import dist, storage
 from glipv2.pipeline.checkpoint import Checkpoint, committed_steps, newest_checkpoint
 from glipv2.pipeline.ema import Ema
+from glipv2.pipeline.engine import loss_scaler
 from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.fragments import WEIGHT, create_moments, held_fragments
 from glipv2.pipeline.health import Skip
@@ -98,21 +99,15 @@ LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def _loss_scale(engine: Any) -> dict[str, float]:
-    scaler = _scaler(engine)
+    scaler = loss_scaler(engine)
     return {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)}
 
 
 def _set_loss_scale(engine: Any, saved: dict[str, float]) -> None:
-    scaler = _scaler(engine)
+    scaler = loss_scaler(engine)
     for key, value in saved.items():
         if hasattr(scaler, key):
             setattr(scaler, key, value)
-
-
-def _scaler(engine: Any) -> Any:
-    """DeepSpeed's dynamic loss scaler: with ZeRO an object of its own."""
-    found = getattr(engine.optimizer, "loss_scaler", None)
-    return found or getattr(engine.optimizer, "loss_scale_config", None)
 
 
 def _state_urls(checkpoint: Checkpoint) -> list[str]:

@@ -183,7 +183,7 @@ class LogConfig:
     wandb: str = ""
     """Project of Weights & Biases (package wandb); empty for none."""
     mlflow: str = ""
-    """Tracking URI of MLflow (package mlflow); empty for none."""
+    """URI of MLflow's server or database (package mlflow); empty for none."""
     peak_tflops: float = 0.0
     """10^12 operations a second that a device can do, for the share of it that is used; 0 looks up
     common GPUs."""

@@ -166,13 +166,11 @@ def _train(run: Setup, watch: Watch) -> bool:
 def _update(run: Setup, micro_batches: Sequence[Batch], step: int) -> dict[str, float]:
     """The losses of a step, its update made."""
     config = run.config
-    losses = train_step(
+    return train_step(
         run.engine, micro_batches, step, config.train, config.losses, run.collectives,
         before_update=run.saver.wait_until_copied,
+        after_update=run.ema.update if run.ema else lambda: None,
     )  # fmt: skip
-    if run.ema:
-        run.ema.update()
-    return losses
 
 
 def _go_back(run: Setup, skip: Skip) -> None:

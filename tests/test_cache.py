@@ -90,6 +90,32 @@ def test_what_was_not_used_for_longest_goes_first(
     assert asked[len(parts) :] == [(url, *parts[1])]
 
 
+def test_on_a_full_disk_old_entries_make_room_for_new_ones(
+    url: str,
+    tmp_path: Path,
+    asked: list[tuple[str, int, int]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={6 * PART}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        cache = RangeCache(str(disk), 10**9)
+        whole = Path(url).read_bytes()
+        for first in [*range(0, SIZE, PART), *[SIZE - PART, SIZE - 2 * PART] * 2]:
+            assert cache.read(url, first, first + PART, "1") == whole[first : first + PART]
+        asked.clear()
+        for first in (SIZE - PART, SIZE - 2 * PART):  # more room than that was made
+            cache.read(url, first, first + PART, "1")
+        assert asked == []
+        assert held(disk) >= 2 * PART
+        assert len(caplog.records) == 1 and "No space left" in caplog.text
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def test_processes_that_share_it_and_one_that_is_killed_leave_it_right_and_bounded(
     url: str, tmp_path: Path
 ) -> None:

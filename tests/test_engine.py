@@ -1,10 +1,12 @@
 """Real DeepSpeed on one and two gloo ranks, and the settings that are derived for it.
 
-What needs a GPU (fp16, transfers that overlap, pinned memory) is tested as configuration alone.
+What needs a GPU (transfers that overlap, pinned memory) is tested as configuration alone.
 """
 
 import dataclasses
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,7 @@ from glipv2.pipeline.optim import build_optimizer, decay_factor, schedule_factor
 from glipv2.pipeline.train_config import TrainConfig
 
 WORKER = Path(__file__).parent / "workers" / "engine_worker.py"
+FP16 = WORKER.with_name("fp16_worker.py")
 SAVED = 5
 
 
@@ -150,6 +153,43 @@ def test_fp16_scales_the_loss_dynamically_and_is_refused_without_a_gpu(
     if not torch.cuda.is_available():
         assert main(["pretrain", str(recipe), f"run_dir={tmp_path / 'run'}"]) == 2
         assert "train.precision=fp16 needs a GPU" in capsys.readouterr().err
+
+
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+LATER = [pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3)]
+
+
+@pytest.mark.parametrize("stage", [0, 1, *LATER])
+def test_an_overflow_of_fp16_is_told_and_changes_nothing_and_at_the_lowest_scale_it_is_an_error(
+    stage: int,
+) -> None:
+    assert_overflows_are_told(stage, {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
+
+
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=ON_GPU) for stage in range(4)])
+def test_twenty_steps_of_fp16_on_a_gpu(stage: int) -> None:
+    assert_overflows_are_told(stage, {})
+
+
+def assert_overflows_are_told(stage: int, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, str(FP16), str(stage)],
+        env=os.environ | {"WORLD_SIZE": "1", "RANK": "0"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["told"]) == 20
+    for step, told in enumerate(found["told"]):
+        assert told["loss_scale"] > 1 and math.isfinite(told["loss"])
+        assert told["left_out"] == (step == 10), step
+        assert told["changed"] == (0 if step == 10 else 2), step  # the weights, and their average
+    assert "step 20: the gradient is not finite" in found["refused"]
+    assert found["kept"]
 
 
 def test_ranks_that_can_not_share_the_batch_are_refused_before_they_start(

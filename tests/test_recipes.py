@@ -51,6 +51,10 @@ PRETRAINING = {
     "glip_t": (64, 1e-4, 1e-5, 1e-4, (), 0.999, GLIP_SIZES),
     "glip_l": (64, 1e-4, 1e-5, 1e-2, (0.667 * 0.67, 0.667 * 0.89), 0.0, GLIP_SIZES),
     "glipv2_t": (64, 1e-4, 1e-5, 1e-4, (), 0.999, GLIP_SIZES),  # decay and EMA are ours
+    # Of these rates and sizes are published; batch, decay and EMA are ours.
+    "glipv2_b": (64, 1e-4, 1e-5, 1e-2, (0.667 * 0.67, 0.667 * 0.89), 0.0, GLIP_SIZES),
+    "glipv2_h": (64, 1e-4, 1e-5, 1e-2, (0.667 * 0.67, 0.667 * 0.89), 0.0, GLIP_SIZES),
+    "glipv2_mask_head": (64, 1e-4, 1e-5, 1e-4, (), 0.0, GLIP_SIZES),
 }
 
 
@@ -65,6 +69,9 @@ def test_pretraining_has_the_published_numbers(name: str) -> None:
         assert train.weight_decay == decay
         assert train.weight_decay_milestones == pytest.approx(decay_milestones, abs=1e-4)
         assert train.ema_decay == ema
+        assert train.warmup_steps == 2000
+        # GLIP-T's AMP was fp16, and bf16 needs no loss scale; GLIP-L had none
+        assert train.precision == ("fp32" if name == "glip_l" else "bf16")
         assert (config.data.short_sides, config.data.long_side) == sizes
         assert config.data.flip == 0.5
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,10 @@ import torch
 
 from glipv2.pipeline import profiling, recorder, storage
 from glipv2.pipeline.config import RunConfig
-from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.flops import training_operations
 from glipv2.pipeline.profiling import Profile
 from glipv2.pipeline.recorder import Recorder, StepTimes
-from glipv2.pipeline.trackers import check_trackers
+from glipv2.pipeline.runlog import read_losses
 from glipv2.pipeline.train_config import LogConfig, ProfileConfig, TrainConfig
 
 LOSSES = {"lr": 0.1, "loss": 3.0, "box": 1.0, "token": 2.0}
@@ -75,6 +75,22 @@ def test_metrics_tensorboard_bar_and_summary_say_what_the_steps_took(
     assert "box 1.00 token 2.00" in said
 
 
+def test_steps_that_overflow_in_fp16_are_counted_and_the_scale_is_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Recorder(config(str(tmp_path)), 0)
+    for step in (0, 1, 2, 4, 5):  # step 3 was not finite at all
+        told = {"loss_scale": 2.0 ** (10 - step), "left_out": float(step in (1, 2))}
+        own.step(step, LOSSES | told, StepTimes(seconds=2.0, waited=0.5, pixels=100))
+    own.close(6)
+    lines = storage.read_json_lines(str(tmp_path / "metrics.jsonl"))
+    assert [(line["loss_scale"], line["left_out"]) for line in lines] == [(512, 1), (32, 3)]
+    assert [entry["left_out"] for entry in read_losses(str(tmp_path))] == [0, 1, 1, 0, 0]
+    assert points(tmp_path / "tensorboard")["left_out", 5] == 3
+    assert json.loads((tmp_path / "pretrain.json").read_text())["left_out"] == 3
+    assert "3 left out" in capsys.readouterr().err
+
+
 def test_after_a_kill_logs_go_on_from_the_checkpoint(tmp_path: Path) -> None:
     train(Recorder(config(str(tmp_path)), 0), 0, 9)  # never closed
     own = Recorder(config(str(tmp_path)), 4)
@@ -96,16 +112,6 @@ def test_on_an_object_store_logs_arrive_with_each_flush() -> None:
     own.close(4)
 
 
-def test_a_tracker_whose_package_is_missing_is_refused_with_the_cure(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_trackers(config("memory://none"))
-    for name in ("wandb", "mlflow"):
-        with pytest.raises(ConfigError, match=rf"log\.{name}.*pip install glipv2\[{name}\]"):
-            check_trackers(config("memory://none", **{name: "mine"}))
-
-
 def test_a_profile_holds_the_steps_that_were_asked_for(tmp_path: Path) -> None:
     own = Profile(str(tmp_path), ProfileConfig(steps=2, skip=1))
     x = torch.ones(8, 8)
@@ -117,6 +123,29 @@ def test_a_profile_holds_the_steps_that_were_asked_for(tmp_path: Path) -> None:
     names = [event.get("name") for event in trace["traceEvents"]]
     assert names.count("aten::linalg_inv") == 2
     assert "aten::linalg_inv" in (folder / profiling.TABLE).read_text()
+
+
+@pytest.mark.parametrize(("asked", "held"), [({"steps": 50}, 3), ({"steps": 2, "skip": 0}, 2)])
+def test_a_profile_that_the_end_of_the_run_cuts_short_holds_what_there_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: dict[str, int], held: int
+) -> None:
+    own = Recorder(replace(config(str(tmp_path)), profile=ProfileConfig(**asked)), 0)
+    train(own, 0, 6)
+    own.close(6)
+    assert (tmp_path / profiling.FOLDER / profiling.TRACE).stat().st_size > 0
+    assert f"{held} steps recorded" in capsys.readouterr().err
+
+
+def test_a_profile_of_steps_that_never_came_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for steps in (2, 3):  # before it began, and before its first step
+        own = Recorder(replace(config(str(tmp_path)), profile=ProfileConfig(steps=5)), 0)
+        train(own, 0, steps)
+        own.close(steps)
+        said = capsys.readouterr().err
+        assert f"no step recorded: this start of the run made {steps}" in said
+    assert not (tmp_path / profiling.FOLDER).exists()
 
 
 def test_operations_are_three_times_those_of_the_forward_pass() -> None:

@@ -92,9 +92,8 @@ def main(folder: Path, settings: list[str]) -> None:  # noqa: C901 (one story, t
         values = train_step(
             own, batches, step, train, LossWeights(), dist.collectives(),  # type: ignore[arg-type]
             before_update=saver.wait_until_copied,
+            after_update=ema.update if ema else lambda: None,
         )  # fmt: skip
-        if ema:
-            ema.update()
         return values["loss"]
 
     def steps(run: tuple[Any, Ema | None, Saver], first: int, last: int) -> list[float]:

@@ -58,8 +58,9 @@ def every_shard(
     enough = min(os.cpu_count() or 1, 1 + shard_set.samples // SAMPLES_A_WORKER)
     count = min(workers or enough, len(numbers))
     make = partial(partial, work, shard_set)  # called once an actor, it gives `work` of that set
-    pool = {"num_actors": count, "min_actors": count}
-    results = map_on_ray(make, numbers, **pool) if count > 1 else None
+    results = None
+    if count > 1:
+        results = map_on_ray(make, numbers, num_actors=count, min_actors=count)
     shown = bar(shard_set.samples, text, "sample")
     try:
         for number, result in results or map_in_process(make, numbers):

@@ -283,8 +283,9 @@ def _mapped(
     """(item, the worker's result) of each, with a progress bar that counts what items hold."""
     shown = _Shown(text, unit, total)
     if workers:
-        pool = {"num_actors": workers, "min_actors": workers}
-        done = map_on_ray(make_worker, items, **pool, watch=shown.watch)
+        done = map_on_ray(
+            make_worker, items, num_actors=workers, min_actors=workers, watch=shown.watch
+        )
     else:
         done = map_in_process(make_worker, items, shown.watch)
     try:

@@ -48,7 +48,7 @@ FEW_PER_SHARD, WARM_UP = 12, 16
 OVERHEAD_SHARDS = 1
 FEW, MANY, SMALL, SMALL_SIZE = 40, 400, 16, 64
 """Shards of small pairs, to see what grows with their number."""
-STAMP = {"teacher": "bench", "label_settings": "bench"}
+STAMP = {"teacher": "bench", "parser": "bench", "label_settings": "bench"}
 
 
 def bench_label() -> None:

@@ -210,7 +210,7 @@ def simulate(setting: Setting) -> Outcome:
         plan = Plan(
             config=RunConfig(run_dir=f"{folder}/run", label=label),
             settings=label,
-            deciding={"teacher": storage.digest("simulated")},
+            deciding=dict.fromkeys(("teacher", "parser"), storage.digest("simulated")),
         )
         before, start = peak_memory(), time.process_time()
         runs = run_until_through(plan, source, out, cluster, work)

@@ -5,8 +5,8 @@
 One run is left alone; another has a random rank killed (SIGKILL) again and again: while it loads,
 in a step, and between a checkpoint's first file and its commit. Nobody but its own launcher helps
 it. In the end losses, weights, stream position and the ledger of consumed samples must be the
-undisturbed run's, byte for byte, and each sample of the sets must have been used once an epoch.
-Exit code 1 if anything differs, or if going on took longer than a minute.
+undisturbed run's, byte for byte, and each sample of the sets must have been used once in every
+epoch. Exit code 1 if anything differs, or if going on took longer than a minute.
 """
 
 import argparse

@@ -80,6 +80,20 @@ def test_an_altered_truncated_or_missing_file_makes_the_step_before_the_newest(
     assert newest(run_dir) == (good, FILES)
 
 
+@pytest.mark.parametrize("record", [b"", b'{"step": 200, "fi'])
+def test_an_empty_or_cut_commit_record_is_no_commit(
+    run_dir: str, record: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = save_checkpoint(run_dir, 100, FILES)
+    url = save_checkpoint(run_dir, 200, FILES)
+    storage.write_bytes(storage.join(url, "COMMIT.json"), record)
+    assert newest(run_dir) == (good, FILES)
+    [warning] = [entry.getMessage() for entry in caplog.records]
+    assert "step-000200/COMMIT.json is damaged" in warning
+    again = save_checkpoint(run_dir, 200, FILES)
+    assert newest(run_dir) == (again, FILES)
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_never_starts_over_silently(run_dir: str) -> None:
     url = save_checkpoint(run_dir, 100, FILES)
     storage.write_bytes(storage.join(url, "trainer.json"), b"other")

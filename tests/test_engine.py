@@ -54,7 +54,9 @@ def test_a_state_saved_by_two_zero2_ranks_resumes_bit_for_bit_and_fits_any_stage
 
 
 def assert_refused(run: dict[str, Any]) -> None:
-    """The workers poison two steps before they go on: a loss, and a gradient behind a loss."""
+    """The workers poison two steps before they go on: a loss, and a gradient behind a loss. Their
+    last step has a gradient of nothing but zeros, which is as good as any other."""
+    assert run["zero"] == [0.0, 1]
     loss, gradient = run["refused"]
     assert "step 5: loss 'loss' is nan on at least one rank" in loss
     assert "step 5: the gradient is not finite" in gradient

@@ -159,6 +159,78 @@ def test_world_size_2_then_1_then_2_in_one_epoch_gives_the_same_losses(
 
 
 @pytest.mark.slow
+def test_two_resumes_that_make_no_step_leave_the_ledger_as_it_is(
+    recipe: Path, undisturbed: Path, folder: Path
+) -> None:
+    run = folder / "resumed"
+    command = ("pretrain", recipe, f"run_dir={run}")
+    kill_when(checkpoint_committed(run, 3), *command)
+    made = committed_steps(str(run))
+    for _ in range(2):
+        before = (run / SAMPLES).stat().st_ino
+        kill_when(lambda before=before: (run / SAMPLES).stat().st_ino != before, *command)
+        assert committed_steps(str(run)) == made  # it was cut back, and no more
+    finish(*command)
+    for name in ("losses.jsonl", SAMPLES):
+        assert (run / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
+DIES_IN_A_SAVE = """
+import glob, os, signal, time
+real = os.replace
+def replace(source, target, **more):
+    own = os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    if own and "step-000006/state-" in str(target):
+        while not glob.glob(os.path.dirname(target) + "/state-*-00000.safetensors"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target, **more)
+os.replace = replace
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_killed_between_the_files_of_a_save_leaves_no_step_and_nothing_of_it(
+    recipe: Path, undisturbed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, site = folder / "half_saved", folder / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(DIES_IN_A_SAVE)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    finish("pretrain", recipe, f"run_dir={run}")
+    [restart] = storage.read_json_lines(str(run / "restarts.jsonl"))
+    assert (restart["rank"], restart["code"], restart["step"]) == (1, -signal.SIGKILL, 3)
+    for name in ("losses.jsonl", SAMPLES):
+        assert (run / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert saved_state(run, 12) == saved_state(undisturbed, 12)
+    left = {path.name for path in (run / "checkpoints/step-000006").iterdir()}
+    listed = storage.read_json(str(run / "checkpoints/step-000006/COMMIT.json"))["files"]
+    assert left == {"COMMIT.json", *listed}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_loader_processes_and_the_state_of_the_cache_change_nothing(
+    recipe: Path, folder: Path, s3_folder: str
+) -> None:
+    for name, count in SETS.items():
+        options = PrepareConfig(source="toy", set=name, count=count, size=64, seed=1)
+        prepare_set(f"{s3_folder}/data/{name}", options)
+    remote = [f"data.root={s3_folder}/data", f"data.cache={folder / 'cache'}"]
+    logs = []
+    for number, settings in enumerate(
+        [["data.workers=0"], ["data.workers=1"], ["data.workers=2"],
+         ["data.workers=1", *remote], ["data.workers=2", *remote]]
+    ):  # fmt: skip
+        run = folder / f"same_{number}"
+        shared = [f"run_dir={run}", "train.processes=1", "train.steps=6"]
+        finish("pretrain", recipe, *shared, *settings)
+        logs.append([(run / name).read_bytes() for name in ("losses.jsonl", SAMPLES)])
+    assert list((folder / "cache").iterdir())
+    assert logs == [logs[0]] * len(logs)
+
+
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_at_once_and_room_lets_it_go_on(
     recipe: Path, undisturbed: Path, folder: Path
 ) -> None:

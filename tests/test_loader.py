@@ -1,5 +1,6 @@
 import io
 import itertools
+import json
 import uuid
 from collections import Counter
 from dataclasses import fields, replace
@@ -18,6 +19,7 @@ from glipv2.pipeline.config import DataConfig
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.loader import build_loader, lane_count
 from glipv2.pipeline.masking import IGNORE
+from glipv2.pipeline.position import Position
 from glipv2.pipeline.records import Record, Region
 
 COLOURS, SHAPES = ("red", "blue", "green", "yellow"), ("square", "circle", "triangle")
@@ -208,6 +210,23 @@ def test_resuming_gives_the_same_batches(sets, tokenizer):
     whole = take(loader, 6)
     again = take(build_loader(DATA, 8, sets, tokenizer, seed=3), 3, whole[2][1])
     for (one, here), (two, there) in zip(whole[3:], again, strict=True):
+        assert_equal(one, two)
+        assert here == there
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_resumes_with_no_step_in_between_change_nothing(sets, tokenizer, workers):
+    """What was made ahead of training, and never used, is forgotten."""
+    served = replace(DATA, workers=workers)
+    whole = take(build_loader(DATA, 8, sets, tokenizer, seed=3), 5)
+    position = whole[1][1]
+    for _ in range(2):
+        begun = build_loader(served, 8, sets, tokenizer, seed=3).batches(position)
+        next(begun)
+        begun.close()
+        position = Position.from_dict(json.loads(json.dumps(position.to_dict())))
+    again = take(build_loader(served, 8, sets, tokenizer, seed=3), 3, position)
+    for (one, here), (two, there) in zip(whole[2:], again, strict=True):
         assert_equal(one, two)
         assert here == there
 

@@ -119,6 +119,17 @@ def test_six_steps_of_the_engine_are_those_of_a_plain_loop(folder: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_rank_without_any_box_trains_beside_one_with_boxes(folder: str) -> None:
+    settings = [{"zero_stage": stage, "boxless": True} for stage in range(4)]
+    found = engine_losses(folder, 4, settings)
+    assert len(found) == len(settings)
+    for losses in found:
+        assert all(map(math.isfinite, losses))
+        assert losses == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_fifty_steps_are_those_of_a_plain_loop_for_any_stage_accumulation_and_checkpointing(
     folder: str,

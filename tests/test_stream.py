@@ -292,6 +292,19 @@ def test_lanes_that_do_not_divide_the_batch_are_refused_with_the_cure(two_sets):
         make_stream(two_sets, config=config)
 
 
+def test_a_set_with_an_empty_shard_gives_all_of_its_samples():
+    url = f"memory://{uuid.uuid4().hex}"
+    raws = [
+        shards.RawSample(key=f"a-{n:04d}", members=shards.record_members(record("a", n)))
+        for n in range(40)
+    ]
+    parts = [raws[:20], [], raws[20:], []]
+    done = [shards.write_raw_shard(url, shards.shard_name(i), p) for i, p in enumerate(parts)]
+    sets = {"a": shards.write_manifest(url, done, [], {})}
+    keys, _ = take(make_stream(sets), 5)
+    assert sorted(key for batch in keys for key in batch) == [raw.key for raw in raws]
+
+
 def test_a_set_with_fewer_samples_than_lanes_is_refused_with_the_cure():
     with pytest.raises(DataError, match=r"3 samples for 4 lanes: set data\.lanes to at most 3"):
         make_stream({"a": make_set("a", 3)})

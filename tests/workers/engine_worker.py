@@ -26,6 +26,7 @@ from glipv2.pipeline.saver import Saver, model_parts
 from glipv2.pipeline.train_config import TrainConfig
 
 GLOBAL_BATCH, SAVED, LAST = 4, 5, 10
+ALL, NONE = LossWeights(), LossWeights(box=0, mlm=0)
 
 
 class Samples:
@@ -86,11 +87,13 @@ def main(folder: Path, settings: list[str]) -> None:  # noqa: C901 (one story, t
             restore(saved, own, ema)
         return own, ema, Saver(str(folder), own, ema, parts, keep=9, patience=60)
 
-    def one(run: tuple[Any, Ema | None, Saver], step: int, poison: float = 0.0) -> float:
+    def one(
+        run: tuple[Any, Ema | None, Saver], step: int, poison: float = 0.0, weights: Any = ALL
+    ) -> float:
         own, ema, saver = run
         batches = micro_batches(step, train.accumulation, poison)
         values = train_step(
-            own, batches, step, train, LossWeights(), dist.collectives(),  # type: ignore[arg-type]
+            own, batches, step, train, weights, dist.collectives(),  # type: ignore[arg-type]
             before_update=saver.wait_until_copied,
             after_update=ema.update if ema else lambda: None,
         )  # fmt: skip
@@ -120,8 +123,10 @@ def main(folder: Path, settings: list[str]) -> None:  # noqa: C901 (one story, t
         except NonFiniteLossError as error:
             refused.append(str(error))
     tail = steps(resumed, SAVED, LAST)
+    before = engine_state(resumed[0])["updates"]
+    zero = [one(resumed, LAST, weights=NONE), engine_state(resumed[0])["updates"] - before]
     if dist.is_main():
-        print(json.dumps({"whole": whole, "resumed": tail, "refused": refused}))  # noqa: T201
+        print(json.dumps({"whole": whole, "resumed": tail, "refused": refused, "zero": zero}))  # noqa: T201
 
 
 if __name__ == "__main__":

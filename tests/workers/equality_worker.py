@@ -2,6 +2,7 @@
 
 Prints a line on rank 0 for each setting: `losses` and a JSON list of them, step by step.
 Usage: equality_worker.py FOLDER STEPS SETTINGS, the latter a JSON list of changes of `train`.
+With `boxless` among the changes rank 1 has no boxes at all.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from glipv2.model.batch import Batch
 from glipv2.model.config import InputConfig, LossWeights, preset
 from glipv2.model.glip import build_model
 from glipv2.model.tokenizer import Tokenizer, tiny_vocab
@@ -56,7 +58,18 @@ def loader(folder: str, train: TrainConfig) -> Loader:
     )  # fmt: skip
 
 
+def without_boxes(batch: Batch) -> Batch:
+    return dataclasses.replace(
+        batch,
+        boxes_BN4=batch.boxes_BN4[:, :0],
+        box_mask_BN=batch.box_mask_BN[:, :0],
+        positive_BNT=batch.positive_BNT[:, :0],
+        box_category_BN=batch.box_category_BN[:, :0],
+    )
+
+
 def run(folder: str, steps: int, changes: dict[str, Any]) -> list[float]:
+    boxless = changes.pop("boxless", False) and dist.rank() == 1
     train = dataclasses.replace(TRAIN, **changes)
     model = build_model(MODEL, seed=3).train()
     model.recompute(train.checkpoint_activations)
@@ -64,7 +77,14 @@ def run(folder: str, steps: int, changes: dict[str, Any]) -> list[float]:
     data = loader(folder, train)
     own = islice(data.steps(data.start()), steps)
     return [
-        train_step(engine, batches, step, train, losses_of(train), dist.collectives())["loss"]
+        train_step(
+            engine,
+            [without_boxes(b) if boxless else b for b in batches],
+            step,
+            train,
+            losses_of(train),
+            dist.collectives(),
+        )["loss"]
         for step, (batches, _) in enumerate(own)
     ]
 

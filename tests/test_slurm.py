@@ -49,7 +49,7 @@ esac
 """
 GLIPV2 = """#!/bin/bash
 # Notes what it was given, and ends with the next of $CODES.
-given="$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS"
+IFS='|' given="$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS"
 echo "$given: $*" >> "$NOTES/$RANK"
 attempt=$(wc -l < "$NOTES/$RANK")
 exit "$(cut -d' ' -f"$attempt" <<< "$CODES")"
@@ -92,7 +92,7 @@ def test_every_rank_is_told_who_it_is(slurm: Slurm, tmp_path: Path) -> None:
     port = 20000 + JOB % 20000
     for rank in range(TASKS):
         assert lines(tmp_path / str(rank)) == [
-            f"{rank} {rank} {TASKS} 127.0.0.1 {port} 1: pretrain {' '.join(words)}"
+            f"{rank} {rank} {TASKS} 127.0.0.1 {port} 1: pretrain|{'|'.join(words)}"
         ]
 
 

@@ -101,8 +101,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Itera
             stack.callback(end, node)
             nodes.append(node)
             folders.append(Path(own))
-            if role is head:
-                wait_for_dashboard(dashboard, token)
+            wait_for_nodes(nodes, dashboard, token)
         user = plain | environment(s3_endpoint) | {"RAY_AUTH_TOKEN": token}
         yield Cluster(f"http://127.0.0.1:{dashboard}", user, tuple(folders))
 
@@ -113,18 +112,18 @@ def end(node: "subprocess.Popen[bytes]") -> None:
     node.wait()
 
 
-def wait_for_dashboard(port: str, token: str) -> None:
+def wait_for_nodes(nodes: "list[subprocess.Popen[bytes]]", port: str, token: str) -> None:
+    """Until the cluster knows them all; Ray itself gives a node up that takes half a minute."""
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/api/version", headers={"Authorization": f"Bearer {token}"}
+        f"http://127.0.0.1:{port}/api/v0/nodes", headers={"Authorization": f"Bearer {token}"}
     )
-    deadline = time.monotonic() + START_S
-    while True:
-        try:
-            urllib.request.urlopen(request, timeout=5).close()
-            return
-        except OSError:
-            assert time.monotonic() < deadline, "the cluster did not start"
-            time.sleep(0.5)
+    deadline, known = time.monotonic() + START_S, 0
+    while known < len(nodes):
+        assert all(node.poll() is None for node in nodes), "a node ended: is this machine busy?"
+        assert time.monotonic() < deadline, "the cluster did not start"
+        time.sleep(0.5)
+        with suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+            known = json.load(answer)["data"]["result"]["total"]
 
 
 @pytest.fixture

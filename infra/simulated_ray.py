@@ -167,7 +167,7 @@ class Cluster:
         ray = SimpleNamespace(
             exceptions=SimpleNamespace(RayActorError=ActorDied, RayTaskError=()),
             is_initialized=lambda: True,
-            cluster_resources=lambda: {"CPU": len(self.machines), "GPU": len(self.machines)},
+            nodes=lambda: [{"Alive": True, "Resources": {"CPU": 1, "GPU": 1}}] * len(self.machines),
             wait=self.wait,
             get=_get,
             kill=lambda actor: actor.stop(),

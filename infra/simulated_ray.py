@@ -198,7 +198,7 @@ class Cluster:
             nodes=lambda: [{"NodeID": m.node, "Alive": m.up} for m in self.machines],
             get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "the driver's"),
             is_initialized=lambda: True,
-            cluster_resources=lambda: {"CPU": len(self.machines), "GPU": len(self.machines)},
+            nodes=lambda: [{"Alive": True, "Resources": {"CPU": 1, "GPU": 1}}] * len(self.machines),
             wait=self.wait,
             get=_get,
             kill=lambda actor: actor.stop(),

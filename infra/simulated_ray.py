@@ -195,10 +195,9 @@ class Cluster:
                 NodeDiedError=NeverRaised,
                 LocalRayletDiedError=NeverRaised,
             ),
-            nodes=lambda: [{"NodeID": m.node, "Alive": m.up} for m in self.machines],
+            nodes=self.nodes,
             get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "the driver's"),
             is_initialized=lambda: True,
-            nodes=lambda: [{"Alive": True, "Resources": {"CPU": 1, "GPU": 1}}] * len(self.machines),
             wait=self.wait,
             get=_get,
             kill=lambda actor: actor.stop(),
@@ -217,6 +216,11 @@ class Cluster:
             del sys.modules["ray"]
             if real is not None:
                 sys.modules["ray"] = real
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """As Ray tells of its nodes; each has room for one worker."""
+        room = {"CPU": 1, "GPU": 1}
+        return [{"NodeID": m.node, "Alive": m.up, "Resources": room} for m in self.machines]
 
     def wait(
         self, refs: Sequence[Ref], num_returns: int = 1, timeout: float | None = None

@@ -13,7 +13,7 @@ from glipv2.data_prep import toy
 from glipv2.data_prep.reasons import REASONS, Dropped
 from glipv2.jobs import prepare
 from glipv2.jobs.cli import main
-from glipv2.pipeline import ray_map, storage
+from glipv2.pipeline import storage, worker_notes
 from glipv2.pipeline.config import CleanConfig, PrepareConfig
 from glipv2.pipeline.errors import ConfigError, DataError
 from glipv2.pipeline.shards import iterate_records, open_shard_set
@@ -177,7 +177,7 @@ def test_progress_is_shown_within_a_shard(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr(prepare, "bar", Bar)
-    monkeypatch.setattr(ray_map, "NOTE_S", 0.0)
+    monkeypatch.setattr(worker_notes, "NOTE_S", 0.0)
     url = str(tmp_path / "set")
     prepare.prepare_set(url, TOY, samples_per_shard=10, workers=0)
     clean = CleanConfig(exclude=(url,))

@@ -88,7 +88,7 @@ def test_a_rank_whose_write_hangs_beside_training_leaves_its_own_stacks(
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "glipv2.jobs.cli", "pretrain", str(recipe), f"run_dir={run}",
-         "supervise.save_seconds=8"],
+         "supervise.save_seconds=20"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(site), "SECOND": step_url(str(run), 6),
                           "HUNG_ONCE": str(run / "hung")},
@@ -99,13 +99,13 @@ def test_a_rank_whose_write_hangs_beside_training_leaves_its_own_stacks(
     )  # fmt: skip
     assert_went_on(process, run, expected)
     told = stacks(run, 1)
-    assert "rank 1: save takes more than supervise.save_seconds=8" in told
+    assert "rank 1: save takes more than supervise.save_seconds=20" in told
     assert "sitecustomize.py" in told and "in write_pieces" in told
 
 
 def test_a_rank_that_stops_in_a_save(recipe: Path, expected: bytes) -> None:
     run = recipe.parent / "save"
-    bounds = ("supervise.step_seconds=8", "supervise.data_seconds=8", "supervise.save_seconds=8")
+    bounds = ("supervise.step_seconds=20", "supervise.data_seconds=40", "supervise.save_seconds=20")
     process = start("pretrain", recipe, f"run_dir={run}", *bounds)
     wait_for(process, lambda: rank_process(process.pid, 1) is not None)
     victim = rank_process(process.pid, 1)
@@ -119,7 +119,7 @@ def test_a_rank_that_stops_in_a_save(recipe: Path, expected: bytes) -> None:
 def test_a_process_that_loads_data_and_stops(recipe: Path, expected: bytes) -> None:
     run = recipe.parent / "loader"
     process = start(
-        "pretrain", recipe, f"run_dir={run}", "data.workers=1", "supervise.data_seconds=8"
+        "pretrain", recipe, f"run_dir={run}", "data.workers=1", "supervise.data_seconds=40"
     )
     wait_for(process, lambda: len(read_losses(str(run))) >= 2)
     rank = rank_process(process.pid, 1)
@@ -127,4 +127,4 @@ def test_a_process_that_loads_data_and_stops(recipe: Path, expected: bytes) -> N
     [loader] = [pid for pid in descendants(rank) if "spawn_main" in command_line(pid)]
     os.kill(loader, signal.SIGSTOP)
     assert_went_on(process, run, expected)
-    assert "rank 1: data takes more than supervise.data_seconds=8" in stacks(run, 1)
+    assert "rank 1: data takes more than supervise.data_seconds=40" in stacks(run, 1)

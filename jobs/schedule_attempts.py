@@ -7,10 +7,15 @@
 An attempt is made by creating the next number, which succeeds for one only. It has ended when the
 result exists, when it failed, or when its maker is dead: known at once where the process can be
 looked at, elsewhere by a beat that stays the same for `schedule.claim_seconds` on the clock of
-whoever looks, so clocks need not agree. What decides the figures is in KEY, so other data or
-settings begin anew.
+whoever looks, so clocks need not agree. One that takes longer than `schedule.attempt_seconds` is
+noted as failed, and its process ends with all stacks told: nothing else stops a thread that hangs.
+What decides the figures is in KEY, so other data or settings begin anew.
 """
 
+import faulthandler
+import math
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +28,7 @@ from glipv2.pipeline import storage
 from glipv2.pipeline.errors import StoreError
 from glipv2.pipeline.eval_config import ScheduleConfig
 from glipv2.pipeline.lease import identity, lives_here
+from glipv2.pipeline.watch import HUNG
 
 MAX_DEATHS = 10
 """A job that schedulers died at so often is taken for the cause and given up."""
@@ -97,8 +103,7 @@ class Attempts:
         except StoreError:  # nothing can be noted, and nothing is wrong with the job
             raise
         except Exception as error:
-            failure = {"reason": f"{type(error).__name__}: {error}"[:2000], "at": time.time()}
-            storage.write_json(f"{url}.failed", failure)
+            _note_failure(url, f"{type(error).__name__}: {error}")
             raise
         except BaseException:
             storage.delete(f"{url}.json")
@@ -111,11 +116,22 @@ class Attempts:
             storage.delete_empty(folder)
 
     def _beat(self, url: str, ended: threading.Event) -> None:
-        count = 0
-        while not ended.wait(self.settings.claim_seconds / BEATS):
+        count, last = 0, time.monotonic() + (self.settings.attempt_seconds or math.inf)
+        pause = self.settings.claim_seconds / BEATS
+        while not ended.wait(min(pause, max(0.0, last - time.monotonic()))):
+            if time.monotonic() >= last:
+                self._end_hung(url)
             with suppress(StoreError):  # the next one may come through
                 storage.write_bytes(f"{url}.beat", str(count).encode())
             count += 1
+
+    def _end_hung(self, url: str) -> None:
+        why = f"no end after {self.settings.attempt_seconds:g} s (schedule.attempt_seconds)"
+        print(f"glipv2 schedule: {url}: {why}; run again, it goes on", file=sys.stderr)  # noqa: T201
+        faulthandler.dump_traceback(all_threads=True)
+        with suppress(StoreError):
+            _note_failure(url, why)
+        os._exit(HUNG)
 
     def _holder(self, folder: str, number: str) -> dict[str, Any] | None:
         with suppress(storage.MissingFileError):
@@ -134,3 +150,7 @@ class Attempts:
         if self.heard.get(url, (None, 0.0))[0] != beat:
             self.heard[url] = (beat, time.monotonic())
         return time.monotonic() - self.heard[url][1] < self.settings.claim_seconds
+
+
+def _note_failure(url: str, reason: str) -> None:
+    storage.write_json(f"{url}.failed", {"reason": reason[:2000], "at": time.time()})

@@ -134,6 +134,9 @@ class ScheduleConfig:
     """Of scoring a checkpoint on a suite, before it is given up and reported."""
     retry_seconds: float = 60.0
     """Before the second attempt; twice as long before each one after it."""
+    attempt_seconds: float = 86400.0
+    """An attempt that takes longer hangs: it is counted as failed, and the scheduler ends with code
+    70, to be started again; 0 waits for ever."""
     claim_seconds: float = 120.0
     """A scheduler elsewhere that gave no sign of life for so long is taken for dead."""
     best: tuple[str, ...] = ()
@@ -145,7 +148,7 @@ class ScheduleConfig:
     """http(s) URL that reports are sent to as JSON, or $NAME of an environment variable with it."""
 
     def __post_init__(self) -> None:
-        for key in ("every_steps", "until_step", "retry_seconds", "alert_drop"):
+        for key in ("every_steps", "until_step", "retry_seconds", "alert_drop", "attempt_seconds"):
             value = getattr(self, key)
             require(value >= 0, f"schedule.{key}", "0 or more", value)
         for key in ("poll_seconds", "attempts", "claim_seconds"):

@@ -5,6 +5,7 @@ Scoring is a stand-in that writes the result of a table; tests/test_schedule_dri
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -27,8 +28,10 @@ from glipv2.model.folders import step_url  # noqa: E402
 from glipv2.pipeline import storage  # noqa: E402
 from glipv2.pipeline.checkpoint import committed_steps, prune_checkpoints, write_folder  # noqa: E402
 from glipv2.pipeline.errors import ConfigError, DataError  # noqa: E402
+from glipv2.pipeline.eval_config import ScheduleConfig  # noqa: E402
 from glipv2.pipeline.lease import identity  # noqa: E402
 from glipv2.pipeline.pins import pin, pins  # noqa: E402
+from glipv2.pipeline.watch import HUNG  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +211,27 @@ def test_who_makes_an_attempt_beats_until_it_ends(local: str, val: str) -> None:
         with own.attempt(folder, 0) as second:
             assert not second
     assert len(seen) > 3 and not Path(folder).exists()
+
+
+def test_an_attempt_that_hangs_is_a_failure_and_its_process_ends_with_its_stacks(
+    tmp_path: Path,
+) -> None:
+    folder = str(tmp_path / "suite-key")
+    code = (
+        "import time\n"
+        "from glipv2.jobs.schedule_attempts import Attempts\n"
+        "from glipv2.pipeline.eval_config import ScheduleConfig\n"
+        "def hangs(): time.sleep(100)\n"
+        "attempts = Attempts(ScheduleConfig(attempt_seconds=0.5))\n"
+        f"with attempts.attempt({folder!r}, 0): hangs()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
+    assert done.returncode == HUNG
+    assert "no end after 0.5 s" in done.stderr and "in hangs" in done.stderr
+    stands = schedule_attempts.Attempts(ScheduleConfig(retry_seconds=100)).standing(folder)
+    assert (stands.state, stands.last) == ("waiting", 1) and "no end after" in stands.told
+    stands = schedule_attempts.Attempts(ScheduleConfig(attempts=1)).standing(folder)
+    assert stands.state == "failed"
 
 
 def test_failures_are_tried_again_later_and_given_up_and_reported_once(

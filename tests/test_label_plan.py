@@ -42,10 +42,15 @@ PAIRS, SHARDS = 12, 3
 
 
 @pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+def in_this_process():
+    """Asks for no `monkeypatch`, so that a test's own changes are taken back before this one's."""
     with without_ray():
         yield
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(in_this_process, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="module")

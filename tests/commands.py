@@ -9,11 +9,14 @@ from typing import Any
 
 import yaml
 
+from glipv2.jobs.prepare import prepare_set
 from glipv2.model.folders import step_url
+from glipv2.pipeline.config import PrepareConfig
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "tests" / "recipes" / "smoke.yaml"
 TIMEOUT = 480.0
+SETS = ("toy_detection", "toy_grounding")
 
 
 def smoke_recipe(folder: Path, **changes: Any) -> Path:
@@ -24,6 +27,15 @@ def smoke_recipe(folder: Path, **changes: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def small_training(folder: Path, **changes: Any) -> Path:
+    """The recipe of a pretraining on two small sets, which are made in `folder`."""
+    for name in SETS:
+        options = PrepareConfig(source="toy", set=name, count=40, size=64, seed=1)
+        prepare_set(str(folder / "data" / name), options)
+    data = {"root": str(folder / "data"), "mixture": dict.fromkeys(SETS, 1)}
+    return smoke_recipe(folder, run_dir=str(folder / "undisturbed"), data=data, **changes)
 
 
 def start(*arguments: object) -> "subprocess.Popen[str]":

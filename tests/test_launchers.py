@@ -18,38 +18,29 @@ from commands import (  # noqa: E402
     descendants,
     finish,
     rank_process,
-    smoke_recipe,
+    small_training,
     start,
     wait_for,
 )
 
-from glipv2.jobs.prepare import prepare_set  # noqa: E402
 from glipv2.pipeline import storage  # noqa: E402
 from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
-from glipv2.pipeline.config import PrepareConfig  # noqa: E402
 from glipv2.pipeline.runlog import read_losses  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS = 12
-SETS = ("toy_detection", "toy_grounding")
 PATIENCE = 900.0
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("launchers")
-    for name in SETS:
-        options = PrepareConfig(source="toy", set=name, count=40, size=64, seed=1)
-        prepare_set(str(folder / "data" / name), options)
-    return folder
+    return tmp_path_factory.mktemp("launchers")
 
 
 @pytest.fixture(scope="module")
 def recipe(folder: Path) -> Path:
-    return smoke_recipe(
+    return small_training(
         folder,
-        run_dir=str(folder / "undisturbed"),
-        data={"root": str(folder / "data"), "mixture": dict.fromkeys(SETS, 1)},
         train={"steps": STEPS, "checkpoint_every": 3},
     )
 

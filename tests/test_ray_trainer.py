@@ -14,12 +14,11 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import ROOT, finish, smoke_recipe, start, wait_for  # noqa: E402
+from commands import ROOT, finish, small_training, start, wait_for  # noqa: E402
 
-from glipv2.jobs.prepare import prepare_set  # noqa: E402
 from glipv2.jobs.pretrain import check_ranks  # noqa: E402
 from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
-from glipv2.pipeline.config import DataConfig, PrepareConfig, RunConfig  # noqa: E402
+from glipv2.pipeline.config import DataConfig, RunConfig  # noqa: E402
 from glipv2.pipeline.errors import ConfigError  # noqa: E402
 from glipv2.pipeline.ray_trainer import scaling_policy, world_sizes  # noqa: E402
 from glipv2.pipeline.runlog import read_losses  # noqa: E402
@@ -73,7 +72,6 @@ def test_with_nodes_missing_so_many_ranks_start_as_fit(nodes: list[int], ranks: 
 
 
 STEPS = 30
-SETS = ("toy_detection", "toy_grounding")
 
 
 class Nodes:
@@ -97,13 +95,8 @@ def two_nodes() -> Iterator[Nodes]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ray")
-    for name in SETS:
-        options = PrepareConfig(source="toy", set=name, count=40, size=64, seed=1)
-        prepare_set(str(folder / "data" / name), options)
-    return smoke_recipe(
+    return small_training(
         folder,
-        run_dir=str(folder / "undisturbed"),
-        data={"root": str(folder / "data"), "mixture": dict.fromkeys(SETS, 1)},
         train={"steps": STEPS, "checkpoint_every": 3, "processes": 2},
         supervise={"min_processes": 1},
     )

@@ -15,13 +15,11 @@ from commands import (  # noqa: E402
     command_line,
     descendants,
     finish,
-    smoke_recipe,
+    small_training,
     wait_for,
 )
 
-from glipv2.jobs.prepare import prepare_set  # noqa: E402
 from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
-from glipv2.pipeline.config import PrepareConfig  # noqa: E402
 from glipv2.pipeline.runlog import read_losses  # noqa: E402
 
 SCRIPT = ROOT / "infra" / "cluster" / "pretrain.sbatch"
@@ -120,16 +118,7 @@ def test_how_the_ranks_end_decides_what_follows(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_preempted_run_is_queued_again_and_goes_on(slurm: Slurm, tmp_path: Path) -> None:
-    for name in ("toy_detection", "toy_grounding"):
-        options = PrepareConfig(source="toy", set=name, count=40, size=64, seed=1)
-        prepare_set(str(tmp_path / "data" / name), options)
-    recipe = smoke_recipe(
-        tmp_path,
-        run_dir=str(tmp_path / "undisturbed"),
-        data={"root": str(tmp_path / "data"),
-              "mixture": {"toy_detection": 1, "toy_grounding": 1}},
-        train={"steps": 8, "checkpoint_every": 3},
-    )  # fmt: skip
+    recipe = small_training(tmp_path, train={"steps": 8, "checkpoint_every": 3})
     finish("pretrain", recipe, timeout=900)
     run = tmp_path / "slurm"
     real = {"glipv2": f'#!/bin/bash\nexec {sys.executable} -m glipv2.jobs.cli "$@"\n'}

@@ -1,18 +1,22 @@
 """glipv2 pretrain RECIPE: what is refused before it starts, then ranks that train."""
 
 import argparse
+import logging
 import sys
 from contextlib import nullcontext
 
 from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage, use_cluster
+from glipv2.model.folders import step_url
 from glipv2.pipeline import preemption
-from glipv2.pipeline.checkpoint import committed_steps
+from glipv2.pipeline.checkpoint import committed_steps, open_checkpoint
 from glipv2.pipeline.config import RunConfig
-from glipv2.pipeline.errors import ConfigError
+from glipv2.pipeline.errors import ConfigError, DataError
 from glipv2.pipeline.launch import has_our_launcher, is_first_rank, launch_ranks, under_launcher
 from glipv2.pipeline.lease import only_trainer
 from glipv2.pipeline.run_settings import note_settings
 from glipv2.pipeline.watch import LOST_PEER, lost_peer
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +76,15 @@ def pretrain(config: RunConfig, address: str | None = None) -> str:
 
 
 def is_finished(config: RunConfig) -> bool:
-    return committed_steps(config.run_dir)[-1:] == [config.train.steps]
+    """Whether the last step is committed; with a damaged record it is saved again."""
+    if committed_steps(config.run_dir)[-1:] != [config.train.steps]:
+        return False
+    try:
+        open_checkpoint(step_url(config.run_dir, config.train.steps))
+    except DataError as error:
+        log.warning("the last step counts as not saved: %s", error)
+        return False
+    return True
 
 
 def check_mixture(config: RunConfig) -> None:

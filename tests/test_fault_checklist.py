@@ -3,9 +3,8 @@
 What befalls labelling, evaluation and object stores has its tests beside theirs.
 """
 
-from pathlib import Path
-
 import pytest
+from checklist import assert_tests_exist
 
 KILL = "test_kill_and_resume.py"
 STREAM = "test_stream.py"
@@ -231,8 +230,4 @@ CHECKLIST = {
 
 @pytest.mark.parametrize("row", CHECKLIST)
 def test_every_fault_has_its_tests(row: str) -> None:
-    for item, places in CHECKLIST[row].items():
-        assert places, item
-        for place in places:
-            file, name = place.split("::")
-            assert f"def {name}(" in (Path(__file__).parent / file).read_text(), place
+    assert_tests_exist(CHECKLIST[row])

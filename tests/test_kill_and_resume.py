@@ -1,6 +1,8 @@
 """Kill -9 at any moment, run the same command again: nothing is lost and nothing differs."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from commands import (  # noqa: E402
 
 from glipv2.jobs.cli import main  # noqa: E402
 from glipv2.jobs.prepare import prepare_set  # noqa: E402
+from glipv2.model.folders import COMMIT, step_url  # noqa: E402
 from glipv2.pipeline import preemption, storage  # noqa: E402
 from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
 from glipv2.pipeline.config import PrepareConfig  # noqa: E402
@@ -269,6 +272,20 @@ def test_a_finished_run_is_not_trained_again(recipe: Path, undisturbed: Path) ->
     before = (undisturbed / "losses.jsonl").stat().st_mtime_ns
     assert main(["pretrain", str(recipe)]) == 0
     assert (undisturbed / "losses.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("record", ["", '{"step": 12, "fi'])
+def test_a_last_step_whose_commit_record_is_damaged_is_saved_again(
+    recipe: Path, undisturbed: Path, tmp_path: Path, record: str
+) -> None:
+    run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    commit = Path(step_url(str(run), STEPS)) / COMMIT
+    whole = commit.read_text()
+    commit.write_text(record)
+    said = finish("pretrain", recipe, f"run_dir={run}")
+    assert "the last step counts as not saved" in said and f"{COMMIT} is damaged" in said
+    files = [json.loads(text)["files"]["model.safetensors"] for text in (whole, commit.read_text())]
+    assert files[0] == files[1]
 
 
 def test_a_run_is_not_resumed_as_another_run(

@@ -100,7 +100,7 @@ def watch(
 
 
 def schedule(recipe: Path, run: Path, *settings: str) -> "subprocess.Popen[bytes]":
-    words = ["-m", "glipv2.jobs.cli", "schedule", str(recipe), f"run_dir={run}", *settings]
+    words = ["-m", "glipv2.jobs.cli", "schedule", str(recipe), f"schedule.runs=[{run}]", *settings]
     return subprocess.Popen(["taskset", "-c", "1", sys.executable, *words])
 
 

@@ -141,6 +141,8 @@ class Scheduler:
         for url in self.runs if self.once else ():
             if not committed_steps(url):
                 log.warning("%s has no checkpoint: nothing to score there", url)
+        if not self.once:
+            say(f"watching {', '.join(self.runs)} for {', '.join(s.name for s in self.suites)}")
         while True:
             try:
                 worked, standings = self._round()

@@ -408,7 +408,9 @@ def test_only_the_newest_step_at_the_times_of_the_cron_line(
     assert scoring.scored[2:] == [("coco", 10)]
 
 
-def test_it_ends_once_the_last_step_is_scored(local: str, val: str, scoring: Scoring) -> None:
+def test_it_ends_once_the_last_step_is_scored(
+    local: str, val: str, scoring: Scoring, capsys: pytest.CaptureFixture[str]
+) -> None:
     own = scheduler(local, val, once=False, until_step=30, poll_seconds=0.05)
 
     def trainer() -> None:
@@ -421,6 +423,7 @@ def test_it_ends_once_the_last_step_is_scored(local: str, val: str, scoring: Sco
     assert own.serve() == 0
     thread.join()
     assert sorted(scoring.scored) == [("coco", 10), ("coco", 20), ("coco", 30)]
+    assert f"watching {local} for coco" in capsys.readouterr().err
 
 
 class Hook:

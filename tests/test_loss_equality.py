@@ -67,10 +67,10 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int) -> None:
     rate = 0.001 + 0.999 * step / 5 if step < 5 else 1.0
     rate *= 0.1 if step >= 33.5 else 1
     rate *= 0.1 if step >= 44.5 else 1
-    decay = 10 * (0.1 if step >= 22.5 else 1) * (0.1 if step >= 29.5 else 1)
+    decay = 100 * (0.1 if step >= 22.5 else 1) * (0.1 if step >= 29.5 else 1)
     for group in optimizer.param_groups:
         bias = "bias" in group["name"]
-        base = 1e-6 if group["name"].startswith("text_encoder.") else 1e-5
+        base = 1e-7 if group["name"].startswith("text_encoder.") else 1e-6
         group["lr"] = base * rate * (2 if bias else 1)
         group["weight_decay"] = 0 if bias else decay
 

@@ -34,14 +34,15 @@ DATA = DataConfig(
 )  # fmt: skip
 TRAIN = TrainConfig(
     steps=50, global_batch=8, precision="fp32", warmup_steps=5, warmup_factor=0.001,
-    bias_rate_factor=2.0, decayed="all_but_biases", weight_decay=10.0,
-    weight_decay_milestones=(0.45, 0.59), learning_rate=1e-5, head_learning_rate=1e-5,
-    text_learning_rate=1e-6, eps=1e-5,
+    bias_rate_factor=2.0, decayed="all_but_biases", weight_decay=100.0,
+    weight_decay_milestones=(0.45, 0.59), learning_rate=1e-6, head_learning_rate=1e-6,
+    text_learning_rate=1e-7, eps=1e-5,
 )  # fmt: skip
-"""The rules of GLIP-L (facts G.1) in little, at a tenth of its rates and with a larger eps: else
-fp32 rounding that turns a unit on or off grows a thousandfold within 50 steps, as AdamW makes a
-whole step of the smallest gradient, in a plain loop that splits its batches too; in fp64 it does
-not. Weight decay is large, so that it would be noticed if it were wrong."""
+"""The rules of GLIP-L (facts G.1) in little, at a hundredth of its rates and with a larger eps:
+where rounding turns a unit on or off, or moves a sampling point past a pixel, gradients jump, and
+AdamW makes a whole step of that. At ten times these rates a change of 1e-6 in the plain loop's own
+clipping can move its loss by 2e-5 within fifty steps; at these by 3e-7. Weight decay is large, so
+that it would be noticed if it were wrong."""
 
 
 def losses_of(train: TrainConfig) -> LossWeights:

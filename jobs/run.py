@@ -65,7 +65,9 @@ def main_job(
     stopped = False
     for phase, own in phases.items():
         if phase in rounds_of(config)[1:]:
-            stopped = stopped or not _labels_get_better(config, phases, phase)
+            stopped = stopped or not (
+                _labels_get_better(config, phases, phase) or config.all_rounds
+            )
             if stopped:
                 continue
             with stage(run_dir, f"label_{phase}"):
@@ -94,8 +96,8 @@ def _labels_get_better(config: RunConfig, phases: dict[str, RunConfig], phase: s
     *_, before, now = (quality["f1"] for quality in judged.values())
     if now <= before:
         log.warning(
-            "no round %d: its teacher's labels on the gold set have F1 %.4f, those before had %.4f",
-            len(rounds), now, before,
+            "%s round %d: its teacher's labels on the gold set have F1 %.4f, those before had %.4f",
+            "all the same," if config.all_rounds else "no", len(rounds), now, before,
         )  # fmt: skip
     return now > before
 

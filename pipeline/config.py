@@ -258,7 +258,8 @@ class RunConfig:
     """Named sets of overrides, such as teacher and student; a phase writes to RUN_DIR/PHASE."""
     rounds: int = 1
     """How often `glipv2 run` labels and trains a student, each the next one's teacher; it stops
-    early when labels on the gold set get no better."""
+    early when labels on the gold set get no better, unless with `all_rounds`."""
+    all_rounds: bool = False
 
     def __post_init__(self) -> None:
         require(self.rounds > 0, "rounds", "positive", self.rounds)

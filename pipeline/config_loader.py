@@ -17,6 +17,8 @@ from glipv2.pipeline.rounds import with_rounds
 
 MOST_EXTENDED = 5
 """How many recipes may extend one another."""
+WHOLE_RUN = ("run_dir=", "phases.", "rounds=", "all_rounds=")
+"""Overrides of the whole run, which are none of a phase."""
 
 
 def load_config(recipe: str, overrides: list[str], phase: str | None = None) -> RunConfig:
@@ -63,7 +65,7 @@ def config_from_tree(
     if phase is None:
         return config
     # again, because overrides win over the phase; those of the whole run have done their work
-    own = [text for text in overrides if not text.startswith(("run_dir=", "phases.", "rounds="))]
+    own = [text for text in overrides if not text.startswith(WHOLE_RUN)]
     phased = _apply_overrides(_apply_phase(config, phase), own)
     init, teacher = phased.train.init, phased.label.teacher  # names of the whole run's phases
     return dataclasses.replace(
@@ -90,6 +92,7 @@ def _apply_phase(config: RunConfig, phase: str) -> RunConfig:
         data=dataclasses.replace(applied.data, root=config.data_root),
         phases={},
         rounds=1,
+        all_rounds=False,
     )
 
 

@@ -48,7 +48,7 @@ def test_each_round_has_the_student_before_as_its_teacher() -> None:
     assert first.train.init == "runs/r/teacher" and first.label.inputs == {"pairs": "grounded"}
     again = config_from_tree(yaml.safe_load(dump_config(config)), [])
     assert again == config  # the saved configuration means the same
-    third = config_from_tree(copy.deepcopy(TREE), ["rounds=3"], "student_3")
+    third = config_from_tree(copy.deepcopy(TREE), ["rounds=3", "all_rounds=true"], "student_3")
     assert config_from_tree(yaml.safe_load(dump_config(third)), []) == third  # what ranks read
 
 
@@ -117,3 +117,5 @@ def test_two_rounds_of_the_main_job_and_again(tmp_path: Path) -> None:
     assert "round 2: labels on gold" in said
     finish("run", recipe)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == rounds
+    finish("run", recipe, "all_rounds=true")
+    assert (tmp_path / "run" / "student_2" / "checkpoints").exists()

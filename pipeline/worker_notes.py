@@ -93,10 +93,12 @@ class Notes:
         """Of every worker that made any, as they were asked for the last time; waits for none."""
         import ray
 
-        asked, self.asked = self.asked, self.asked or self.actor.all.remote()
+        # with retries Ray would print that it tries an actor again that `end` has killed
+        ask = self.actor.all.options(max_task_retries=0)
+        asked, self.asked = self.asked, self.asked or ask.remote()
         if asked is None or not ray.wait([asked], timeout=0)[0]:
             return []
-        self.asked = self.actor.all.remote()
+        self.asked = ask.remote()
         try:
             return ray.get(asked)
         except ray.exceptions.RayActorError:

@@ -93,7 +93,7 @@ in RUN/eval/step-001000/SUITE.json; those of a recipe with phases in RUN/summary
 It may be killed and started again at any time, and several may watch one run. Exit code of --once:
 1 if a checkpoint was given up, 3 if one failed and will be tried again.""",
     "adapt": """
-  glipv2 adapt infra/recipes/adapt.yaml train.init=models/glip-t
+  glipv2 adapt infra/recipes/adapt.yaml train.init=models/glip-t model.glip_compatible=true
   glipv2 adapt my.yaml 'adapt.shots=[1,10]' 'adapt.seeds=[3]' --set dice
   glipv2 adapt my.yaml adapt.num_tasks=8 adapt.gpus_per_task=1 --address auto
 Cut off, the same command goes on. RUN/adapt.json has the table, a run folder each cell's model.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from glipv2.jobs.label import label_on_ray
 from glipv2.jobs.label_plan import DECIDING, Plan, check_claim, make_plan
 from glipv2.jobs.report_numbers import duration
+from glipv2.jobs.stats import counted
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.shard_format import ShardSet
 
@@ -48,7 +49,8 @@ def print_estimate(config: RunConfig, price: float) -> int:
         done = committed_names(out)
         left = [shard.samples for shard in pairs.shards if shard.name not in done]
         lines.append(
-            f"{source} -> {out}: {pairs.samples} pairs in {len(pairs.shards)} shards, of which "
+            f"{source} -> {out}: {counted(pairs.samples, 'pair')} in "
+            f"{counted(len(pairs.shards), 'shard')}, of which "
             f"{len(pairs.shards) - len(left)} are done"
         )
         if sum(left):

@@ -6,14 +6,18 @@ import sys
 from contextlib import nullcontext
 
 from glipv2.jobs.stages import add_recipe_arguments, recipe_config, stage, use_cluster
-from glipv2.model.folders import step_url
+from glipv2.model.adaptation import check_agreement
+from glipv2.model.config import config_from_dict
+from glipv2.model.folders import CONFIG, step_url
 from glipv2.pipeline import preemption
-from glipv2.pipeline.checkpoint import committed_steps, open_checkpoint
+from glipv2.pipeline.checkpoint import committed_steps, open_checkpoint, resolve_checkpoint
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import ConfigError, DataError
 from glipv2.pipeline.launch import has_our_launcher, is_first_rank, launch_ranks, under_launcher
 from glipv2.pipeline.lease import only_trainer
+from glipv2.pipeline.progress import say
 from glipv2.pipeline.run_settings import note_settings
+from glipv2.pipeline.storage import join, read_json
 from glipv2.pipeline.watch import LOST_PEER, lost_peer
 
 log = logging.getLogger(__name__)
@@ -63,6 +67,7 @@ def pretrain(config: RunConfig, address: str | None = None) -> str:
     with only_trainer(config.run_dir):
         resolved = note_settings(config)
         if is_finished(config):
+            say(f"{config.run_dir}: all {config.train.steps} steps are done already")
             return config.run_dir
         if address:
             from glipv2.pipeline.ray_trainer import train_on_ray
@@ -90,18 +95,28 @@ def is_finished(config: RunConfig) -> bool:
 def check_mixture(config: RunConfig) -> None:
     """Everything that can be refused before a process is started is refused here."""
     check_ranks(config)
-    from glipv2.pipeline.checkpoint import resolve_checkpoint
     from glipv2.pipeline.shard_reader import check_shard_sizes, open_shard_set
     from glipv2.pipeline.tasks import mixture_task
     from glipv2.pipeline.trackers import check_trackers
 
     check_trackers(config)
     if config.train.init:
-        resolve_checkpoint(config.run_url(config.train.init))
+        check_start(config, config.run_url(config.train.init))
     sets = {name: open_shard_set(config.set_url(name)) for name in config.data.mixture}
     for shard_set in sets.values():
         check_shard_sizes(shard_set)
     mixture_task(sets, config.model.answers, config.model.captions)
+
+
+def check_start(config: RunConfig, init: str) -> None:
+    """ConfigError where the model of train.init can't start the recipe's, DataError without one."""
+    url = resolve_checkpoint(init)
+    if committed_steps(config.run_dir):  # it goes on from there
+        return
+    try:
+        check_agreement(config.model, config_from_dict(read_json(join(url, CONFIG))))
+    except ValueError as error:
+        raise ConfigError(f"train.init: {init} can't start this recipe: {error}") from error
 
 
 def check_ranks(config: RunConfig) -> None:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glipv2.model.config import ModelConfig, Tune
-from glipv2.model.glip import GLIPv2
+
+if TYPE_CHECKING:  # that models agree is seen without loading torch
+    from glipv2.model.glip import GLIPv2
 
 _TRAINED: dict[Tune, tuple[str, ...]] = {
     "full": ("",),
@@ -31,7 +33,7 @@ _FREE = {
 top, or how, but not what the common weights compute."""
 
 
-def set_trainable(model: GLIPv2, tune: Tune, frozen: tuple[str, ...] = ()) -> int:
+def set_trainable(model: "GLIPv2", tune: Tune, frozen: tuple[str, ...] = ()) -> int:
     """Freeze everything but what `tune` trains, and all whose names begin with one of `frozen`;
     returns the number of trained parameters.
 
@@ -46,15 +48,10 @@ def set_trainable(model: GLIPv2, tune: Tune, frozen: tuple[str, ...] = ()) -> in
     return trained
 
 
-def adopt(model: GLIPv2, source: GLIPv2) -> list[str]:
-    """Copy into `model` what it has in common with `source`.
-
-    Returns the optional parts that keep their own start, because `source` lacks them or has them
-    for something else. ValueError names the settings in which the models must agree and don't, with
-    both values, and what to set.
-    """
-    different = _differences(model.config, source.config)
-    if different:
+def check_agreement(config: ModelConfig, source: ModelConfig) -> None:
+    """ValueError names the settings in which a model and the one it starts from must agree and
+    don't, with both values, and what to set."""
+    if different := _differences(config, source):
         said = ", ".join(
             f"{key} is {here} here and {there} there" for key, here, there in different
         )
@@ -63,6 +60,15 @@ def adopt(model: GLIPv2, source: GLIPv2) -> list[str]:
             f"the models differ: {said}. Set {cure}, which the weights were trained with, or start "
             "from others"
         )
+
+
+def adopt(model: "GLIPv2", source: "GLIPv2") -> list[str]:
+    """Copy into `model` what it has in common with `source`; ValueError where they don't agree.
+
+    Returns the optional parts that keep their own start, because `source` lacks them or has them
+    for something else.
+    """
+    check_agreement(model.config, source.config)
     mine, theirs = model.state_dict(), source.state_dict()
     new = [part for part in OPTIONAL_PARTS if not _shared(part, model, source)]
     common = {name: theirs[name] for name in mine if name.split(".")[0] not in new}
@@ -70,7 +76,7 @@ def adopt(model: GLIPv2, source: GLIPv2) -> list[str]:
     return [part for part in new if getattr(model, part) is not None]
 
 
-def _shared(part: str, model: GLIPv2, source: GLIPv2) -> bool:
+def _shared(part: str, model: "GLIPv2", source: "GLIPv2") -> bool:
     if part == "answer_head" and model.config.answers != source.config.answers:
         return False  # one output an answer: the same size would not mean the same answers
     shapes: list[dict[str, Any]] = [

@@ -1,6 +1,7 @@
 """Where the time of training steps goes, for `profile.steps`."""
 
 import gzip
+import os
 import tempfile
 from pathlib import Path
 
@@ -50,6 +51,8 @@ class Profile:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
+        else:  # the profiler would report the missing GPU as an error
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")
         self.recorder = torch.profiler.profile(
             activities=activities, record_shapes=True, acc_events=True
         )

@@ -3,10 +3,13 @@
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from glipv2.pipeline.errors import ConfigError
@@ -38,11 +41,12 @@ def start_ray(num_cpus: int, show_workers: bool = False) -> None:
     try:
         if existing:
             _reach(os.environ["RAY_ADDRESS"])
-        ray.init(
-            log_to_driver=show_workers,
-            logging_level=logging.WARNING,
-            **({} if existing else own),
-        )
+        with _time_to_stop():
+            ray.init(
+                log_to_driver=show_workers,
+                logging_level=logging.WARNING,
+                **({} if existing else own),
+            )
     except (OSError, ValueError) as error:
         if not existing:
             raise
@@ -50,6 +54,20 @@ def start_ray(num_cpus: int, show_workers: bool = False) -> None:
             f"no Ray cluster can be joined at {os.environ['RAY_ADDRESS']}: {error}; start one with "
             "`ray start --head`, or give no address to run on this machine alone"
         ) from error
+
+
+@contextmanager
+def _time_to_stop() -> Iterator[None]:
+    """SIGTERM afterwards does what it did before, or else what Ray's Python side makes of it.
+
+    Ray's other side puts a handler before these, which aborts a process that has not ended three
+    seconds later.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        own = before if callable(before) else signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, own)
 
 
 def _reach(address: str) -> None:

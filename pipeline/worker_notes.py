@@ -12,6 +12,8 @@ Watch = Callable[[Iterable[Any]], None]
 
 NOTE_S = 0.5
 """Seconds between two notes on how far an item is."""
+ENDS_S = 2.0
+"""For which the end waits for an answer of the actor."""
 _note: Callable[[Any], None] | None = None
 """Where notes of this worker process go."""
 
@@ -107,6 +109,8 @@ class Notes:
     def end(self) -> None:
         import ray
 
+        if self.asked is not None:  # Ray would report a question without answer as an error
+            ray.wait([self.asked], timeout=ENDS_S)
         ray.kill(self.actor)
 
 

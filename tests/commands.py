@@ -38,11 +38,11 @@ def small_training(folder: Path, **changes: Any) -> Path:
     return smoke_recipe(folder, run_dir=str(folder / "undisturbed"), data=data, **changes)
 
 
-def start(*arguments: object) -> "subprocess.Popen[str]":
+def start(*arguments: object, cwd: Path = ROOT) -> "subprocess.Popen[str]":
     """A glipv2 command in its own process group, output collected."""
     return subprocess.Popen(
         [sys.executable, "-m", "glipv2.jobs.cli", *map(str, arguments)],
-        cwd=ROOT,
+        cwd=cwd,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -50,9 +50,9 @@ def start(*arguments: object) -> "subprocess.Popen[str]":
     )
 
 
-def finish(*arguments: object, code: int = 0, timeout: float = TIMEOUT) -> str:
+def finish(*arguments: object, code: int = 0, timeout: float = TIMEOUT, cwd: Path = ROOT) -> str:
     """Run a command to its end; what it printed on both streams."""
-    process = start(*arguments)
+    process = start(*arguments, cwd=cwd)
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out + err

@@ -19,7 +19,7 @@ BUCKET = "glipv2-tests"
 LONGEST = (
     "test_main_job", "test_label_kills", "test_kill_and_resume", "test_ray_map", "test_s3_label",
     "test_adapt", "test_health", "test_evaluate_suites", "test_loss_equality", "test_s3_faults",
-    "test_s3_sources", "test_engine",
+    "test_s3_sources", "test_engine", "test_readme_commands",
 )  # fmt: skip
 """Files that go first, for none of them to be left alone at the end where several run at once."""
 

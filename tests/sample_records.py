@@ -33,3 +33,18 @@ def record(number=0, **changes):
         ),
         **changes,
     )
+
+
+def coco_file(records, categories):
+    """What COCO's annotation file says of detection records, whose images are KEY.FORMAT."""
+    images = [
+        {"id": n, "file_name": f"{r.key}.{r.image_format}", "width": r.width, "height": r.height}
+        for n, r in enumerate(records)
+    ]
+    annotations = [
+        {"image_id": n, "category_id": region.category, "segmentation": region.mask,
+         "bbox": [*region.box[:2], region.box[2] - region.box[0], region.box[3] - region.box[1]]}
+        for n, record in enumerate(records) for region in record.regions
+    ]  # fmt: skip
+    named = [{"id": number, "name": name} for number, name in enumerate(categories)]
+    return {"images": images, "annotations": annotations, "categories": named}

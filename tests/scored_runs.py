@@ -29,10 +29,11 @@ HEADS: dict[str, Any] = {"masks": True, "answers": ("red", "blue", "two"), "capt
 
 
 @cache
-def tiny_model(seed: int, heads: bool = False) -> dict[str, bytes]:
-    """The files of a model with random weights that is sure of itself."""
+def tiny_model(seed: int, heads: bool = False, glip: bool = False) -> dict[str, bytes]:
+    """The files of a model with random weights that is sure of itself; `glip` as of GLIP's own."""
     settings = InputConfig(short_side=64, long_side=64, pad_to=(64, 64))
-    config = dataclasses.replace(preset("tiny"), input=settings, **(HEADS if heads else {}))
+    own = {"input": settings, "glip_compatible": glip, **(HEADS if heads else {})}
+    config = dataclasses.replace(preset("tiny"), **own)
     model = build_model(config, seed)
     torch.nn.init.zeros_(model.alignment_head.bias0)
     tokenizer = Tokenizer.from_vocab(tiny_vocab(), model.config.text_encoder.max_tokens)

@@ -18,6 +18,7 @@ from scored_runs import counting_map, scored_config, tiny_model, write_detection
 
 from glipv2.jobs import adapt, adapt_cell  # noqa: E402
 from glipv2.jobs.adapt import cell_text, plan, summarise, table  # noqa: E402
+from glipv2.jobs.cli import main  # noqa: E402
 from glipv2.jobs.prepare import prepare_set  # noqa: E402
 from glipv2.jobs.report import write_report  # noqa: E402
 from glipv2.pipeline import ray_map  # noqa: E402
@@ -196,6 +197,14 @@ def test_what_can_not_be_compared_is_refused(recipe: Path, tmp_path: Path) -> No
     wrong = {"sets": {"x": {"train": "a", "suite": "b", "splits": "c_{shots}"}}}
     with pytest.raises(ConfigError, match="must have {shots} and {seed}"):
         config_from_tree({"run_dir": "x", "adapt": wrong}, [])
+
+
+def test_a_model_that_can_not_start_the_recipe_is_refused_before_any_is_tuned(
+    recipe: Path, tmp_path: Path, done: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["adapt", str(recipe), f"run_dir={tmp_path}", "model.glip_compatible=true"]) == 2
+    assert "model.glip_compatible is true here and false there" in capsys.readouterr().err
+    assert not done
 
 
 def test_published_splits_are_taken_where_they_are_named(recipe: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """How large a private Ray cluster is, and how many actors nodes hold."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +17,34 @@ def no_cluster() -> Iterator[None]:
     ray.shutdown()
     yield
     ray.shutdown()
+
+
+SLOW_TO_STOP = """
+import signal, sys, time
+from glipv2.pipeline.ray_cluster import start_ray
+if sys.argv[1] == "own":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+start_ray(1)
+try:
+    print("started", flush=True)
+    time.sleep(600)
+except SystemExit:
+    time.sleep(4)
+    sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("handler", ["own", pytest.param("Ray's", marks=pytest.mark.slow)])
+def test_who_is_told_to_stop_has_the_time_for_it(handler: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_TO_STOP, handler],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "started\n"
+    process.terminate()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "SIGTERM" not in said
 
 
 def make_length() -> object:

@@ -5,7 +5,6 @@ import json
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fault_proxy import FAULTS, Proxy, Rule  # noqa: E402
 from s3_server import content, without_attempt  # noqa: E402
 from s3fs import S3FileSystem  # noqa: E402
+from sample_records import coco_file  # noqa: E402
 
 from glipv2.data_prep.toy import toy_categories, toy_records  # noqa: E402
 from glipv2.jobs.cli import main  # noqa: E402
@@ -43,27 +43,13 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"image": name, "caption": record.caption})
     rows.append({"image": "gone.jpg", "caption": "a picture that is gone"})
     (folder / "pairs" / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "instances.json").write_text(json.dumps(instances()))
+    (folder / "instances.json").write_text(json.dumps(coco_file(RECORDS, CATEGORIES)))
     (folder / "tars").mkdir()
     for number in range(2):
         write_tar(folder / "tars" / f"{number:05d}.tar", number)
     (folder / "LICENSE").write_text("Apache-2.0\n")
     write_shard_set(str(folder / "held-out"), RECORDS[:1], CATEGORIES, {})
     return folder
-
-
-def instances() -> dict[str, Any]:
-    images = [
-        {"id": n, "file_name": f"{r.key}.{r.image_format}", "width": r.width, "height": r.height}
-        for n, r in enumerate(RECORDS)
-    ]
-    annotations = [
-        {"image_id": n, "category_id": region.category, "segmentation": region.mask,
-         "bbox": [*region.box[:2], region.box[2] - region.box[0], region.box[3] - region.box[1]]}
-        for n, record in enumerate(RECORDS) for region in record.regions
-    ]  # fmt: skip
-    categories = [{"id": number, "name": name} for number, name in enumerate(CATEGORIES)]
-    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def write_tar(path: Path, number: int) -> None:

@@ -95,12 +95,10 @@ class Notes:
         """Of every worker that made any, as they were asked for the last time; waits for none."""
         import ray
 
-        # with retries Ray would print that it tries an actor again that `end` has killed
-        ask = self.actor.all.options(max_task_retries=0)
-        asked, self.asked = self.asked, self.asked or ask.remote()
+        asked, self.asked = self.asked, self.asked or self.actor.all.remote()
         if asked is None or not ray.wait([asked], timeout=0)[0]:
             return []
-        self.asked = ask.remote()
+        self.asked = self.actor.all.remote()
         try:
             return ray.get(asked)
         except ray.exceptions.RayActorError:

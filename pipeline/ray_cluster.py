@@ -84,6 +84,18 @@ def is_private() -> bool:
     return not os.environ.get("RAY_ADDRESS")
 
 
+def actor_here(of: type) -> Any:
+    """An actor that takes no CPU, on the machine of this process, so that it outlives those of the
+    workers; killed, it is started again."""
+    import ray
+
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=True
+    )
+    kept = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)
+    return kept(of).remote()
+
+
 def room_for(gpus_per_actor: float, cpus_per_actor: float = 1) -> int:
     """How many such actors the cluster can hold as it is now."""
     return room_on(_nodes(), gpus_per_actor, cpus_per_actor)

@@ -21,7 +21,7 @@ from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import PreemptedError, RankFailedError, UserError, is_disk_full
 from glipv2.pipeline.launch import newest_step
 from glipv2.pipeline.loader import lane_count
-from glipv2.pipeline.ray_cluster import start_ray
+from glipv2.pipeline.ray_cluster import actor_here, start_ray
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def train_on_ray(config: RunConfig) -> None:
     import ray
     from ray.train import TrainingFailedError
 
-    ends = ray.remote(num_cpus=0)(_Ends).remote()
+    ends = actor_here(_Ends)
     failure: Exception | None = None
     with TemporaryDirectory(prefix="glipv2-ray-train-") as folder, _signals_to(ends):
         progress = True

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from glipv2.pipeline.ray_cluster import actor_here
+
 Item = TypeVar("Item")
 
 Watch = Callable[[Iterable[Any]], None]
@@ -65,20 +67,11 @@ def notes_to_actor(actor: Any, worker: int) -> None:
 class Notes:
     """The driver's side: keeps the last note of each worker in an actor.
 
-    That is on the driver's machine, so that it outlives the workers'. Killed it is started again by
-    Ray, and knows nothing then.
+    Killed it is started again by Ray, and knows nothing then.
     """
 
     def __init__(self) -> None:
-        import ray
-
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=True
-        )
-        kept = ray.remote(
-            num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1
-        )
-        self.actor: Any = kept(_Notes).remote()
+        self.actor: Any = actor_here(_Notes)
         self.asked: Any = None
         """The answer of the actor that is awaited."""
 

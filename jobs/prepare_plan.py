@@ -5,12 +5,12 @@ prepare.json holds the plan, which decides every byte of the set and is in datas
 """
 
 import json
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from glipv2.data_prep.writing import DROPPED, LOOKS, forget
 from glipv2.pipeline import storage
-from glipv2.pipeline.config import PrepareConfig
+from glipv2.pipeline.config import CleanConfig, PrepareConfig
 from glipv2.pipeline.config_loader import as_tree
 from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.shard_format import MANIFEST, ShardInfo, ShardSet, commit_url, shard_url
@@ -32,6 +32,14 @@ FILES = {
     "tars": "tars",
 }
 """Content of a plan that stands for files by their digests, and what these are."""
+
+DEFAULTS = {
+    option.name: as_tree(option.default)
+    for option in (*fields(PrepareConfig), *fields(CleanConfig))
+    if option.default is not MISSING
+}
+"""What an option is where a plan doesn't name it: a plan without rules names none of them, and one
+of an earlier version none that came later."""
 
 
 def is_in_place(plan: Any) -> bool:
@@ -115,7 +123,7 @@ def _check_same(url: str, there: Any, wanted: dict[str, Any], given_there: Any, 
         differences += [
             _difference(name, given_there, given)
             for name in sorted(paths)
-            if given_there.get(name) != given.get(name)
+            if _value(name, given_there) != _value(name, given)
         ]
     raise DataError(
         f"{url} was made with other settings ({'; '.join(differences)}); {_way_out(there, wanted)}"
@@ -130,7 +138,11 @@ def _way_out(*plans: dict[str, Any]) -> str:
 
 
 def _difference(name: str, there: dict[str, Any], now: dict[str, Any]) -> str:
-    return f"{name}: {_shown(there.get(name))} there, {_shown(now.get(name))} now"
+    return f"{name}: {_shown(_value(name, there))} there, {_shown(_value(name, now))} now"
+
+
+def _value(name: str, settings: dict[str, Any]) -> Any:
+    return settings.get(name, DEFAULTS.get(name))
 
 
 def _shown(value: Any) -> str:
@@ -143,7 +155,7 @@ def _differing(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     before, now = _flat(there), _flat(wanted)
     if before.get("source") != now.get("source"):
         return ["source"]  # nothing else can be compared
-    return [name for name in {**now, **before} if before.get(name) != now.get(name)]
+    return [name for name in {**now, **before} if _value(name, before) != _value(name, now)]
 
 
 def _flat(plan: dict[str, Any]) -> dict[str, Any]:

@@ -36,19 +36,23 @@ BUSY = (408, 429)
 
 
 def keep_best(run: str, metric: str, values: Mapping[int, float], there: set[int]) -> int | None:
-    """Pin the best step of those that exist; of equal ones the first. Returns it if it is new."""
+    """Pin the best step of those that exist, and return it if it is new.
+
+    Of equal ones that which is best already, or else the first.
+    """
     known = {step: value for step, value in values.items() if step in there}
     if not known:
         return None
-    best = max(known, key=lambda step: (known[step], -step))
     url = storage.join(run, "eval", f"best-{metric}.json")
+    before = storage.read_json(url) if storage.exists(url) else {}
+    best = max(known, key=lambda step: (known[step], step == before.get("step"), -step))
     content = {
         "metric": metric,
         "value": known[best],
         "step": best,
         "checkpoint": step_url(run, best),
     }
-    if storage.exists(url) and storage.read_json(url) == content:
+    if before == content:
         return None
     pin(run, f"best-{metric}", best)
     storage.write_json(url, content)

@@ -13,6 +13,10 @@ from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.config_loader import load_config
 from glipv2.pipeline.errors import StoreError
 
+OVERRIDES = (
+    "section.key=value, applied last; section={...} changes the settings it names, but the {...} "
+    "of a key that holds names of your own (label.inputs, data.mixture, ...) replaces all of them"
+)
 TICK = 5.0
 """Seconds between two notes of a running stage's time: what a kill may lose."""
 
@@ -22,7 +26,7 @@ def add_recipe_arguments(
 ) -> None:
     """RECIPE and its overrides; with `phase`, the help of --phase; with `cluster`, --address."""
     parser.add_argument("recipe", help="YAML file, see infra/recipes/")
-    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value, applied last")
+    parser.add_argument("overrides", nargs="*", default=[], help=OVERRIDES)
     if phase:
         parser.add_argument("--phase", help=phase)
     if cluster:

@@ -24,7 +24,13 @@ from glipv2.jobs.ray_jobs import STOPPED, connect, follow
 from glipv2.pipeline import storage
 from glipv2.pipeline.answers import read_answers
 from glipv2.pipeline.config import RunConfig
-from glipv2.pipeline.config_loader import as_tree, load_config, override_tree, read_recipe
+from glipv2.pipeline.config_loader import (
+    as_tree,
+    load_config,
+    override_tree,
+    read_recipe,
+    with_overrides,
+)
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.progress import say
 
@@ -173,7 +179,7 @@ def _only_here(
     answers = {text for key, text in given if ANSWERS.fullmatch(key)}
     found |= {url for url in answers | options if not is_shared(url)}
     phases = load_config(parsed.recipe, parsed.overrides).phases
-    said = dict([*_texts(read_recipe(parsed.recipe)), *given])  # the last counts
+    said = dict(_texts(with_overrides(read_recipe(parsed.recipe), parsed.overrides)))
     models = {text for key, text in said.items() if MODELS.fullmatch(key)}
     return found | {name for name in models.difference(phases, {""}) if Path(name).is_dir()}
 

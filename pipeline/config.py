@@ -200,7 +200,8 @@ class LabelConfig:
     inputs: dict[str, str] = field(default_factory=dict)
     """Shard set of pairs -> shard set of labelled pairs (names under data.root, or URLs)."""
     calibration: str = ""
-    """Gold shard set on which the score threshold is chosen; empty uses `score_threshold`."""
+    """Gold shard set on which the score threshold is chosen, whatever `score_threshold` says; empty
+    uses that."""
     target_precision: float = 0.9
     """With `calibration`: the lowest threshold that reaches this precision there."""
     score_threshold: float = 0.5

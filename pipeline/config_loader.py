@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import json
+import re
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -14,23 +16,38 @@ from glipv2.pipeline.answers import read_answers
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.rounds import with_rounds
+from glipv2.pipeline.strict_yaml import parse_yaml
 
 MOST_EXTENDED = 5
 """How many recipes may extend one another."""
-WHOLE_RUN = ("run_dir=", "phases.", "rounds=", "all_rounds=")
+MOST_NAMED = 3
+"""Recipes of a folder that was given instead of one."""
+WHOLE_RUN = ("run_dir=", "phases=", "phases.", "rounds=", "all_rounds=")
 """Overrides of the whole run, which are none of a phase."""
+
+
+class OverrideError(ConfigError):
+    """A mistake of the command line; the message begins with the override."""
+
+
+class _Given(dict[str, Any]):
+    """A mapping of the command line."""
 
 
 def load_config(recipe: str, overrides: list[str], phase: str | None = None) -> RunConfig:
     """Read a recipe; with `phase`, apply that phase's overrides and give it its own run folder.
 
-    A recipe may start from another one: `extends: other.yaml`, beside it.
-    Raises ConfigError (file, full key, cure) for anything that is not a valid configuration.
+    A recipe may start from another one: `extends: other.yaml`, beside it. Recipes and phases merge
+    with what they change; so does `train={...}` of `overrides`, the settings of a section, but the
+    mapping of a field whose keys are free, as `label.inputs={...}`, replaces the one before.
+    Raises ConfigError (file or override, full key, cure) for what is not a valid configuration.
     """
     tree = read_recipe(recipe)
     tree.setdefault("run_dir", f"runs/{Path(recipe).stem}")
     try:
         return config_from_tree(tree, overrides, phase)
+    except OverrideError:
+        raise
     except ConfigError as error:
         raise ConfigError(f"{recipe}: {error}") from error
 
@@ -39,10 +56,9 @@ def read_recipe(recipe: str, depth: int = 0) -> dict[str, Any]:
     """The YAML of a recipe together with those that it extends."""
     if not storage.exists(recipe):
         raise ConfigError(f"recipe {recipe} does not exist; recipes are in infra/recipes/")
-    try:
-        tree = yaml.safe_load(storage.read_bytes(recipe).decode("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {recipe} is not valid YAML: {error}") from error
+    if storage.is_local(recipe) and Path(storage.local_path(recipe)).is_dir():
+        raise ConfigError(f"{recipe} is a folder; a recipe is a YAML file, {_recipes_in(recipe)}")
+    tree = parse_yaml(storage.read_bytes(recipe), f"recipe {recipe}")
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe {recipe} must be a mapping of sections")
     base = tree.pop("extends", None)
@@ -55,13 +71,28 @@ def read_recipe(recipe: str, depth: int = 0) -> dict[str, Any]:
     return merged
 
 
+def _recipes_in(folder: str) -> str:
+    names = [name for name in storage.list_names(folder) if name.endswith((".yaml", ".yml"))]
+    if not names:
+        return "and none is in it; there are some in infra/recipes/"
+    some = [storage.join(folder, name) for name in names[:MOST_NAMED]]
+    return "perhaps " + " or ".join(some + ["another there"] * (len(names) > MOST_NAMED))
+
+
 def config_from_tree(
     tree: dict[str, Any], overrides: list[str], phase: str | None = None
 ) -> RunConfig:
-    config = _build(RunConfig, tree, None, "")
-    config = with_rounds(_apply_overrides(config, overrides))
-    for name in config.phases:
-        _apply_phase(config, name)  # a mistake in any phase is reported before work starts
+    config = _apply_overrides(_build(RunConfig, tree, None, ""), overrides)
+    try:
+        config = with_rounds(config)
+        for name in config.phases:
+            _apply_phase(config, name)  # a mistake in any phase is reported before work starts
+    except ConfigError as error:
+        for override in overrides:
+            key = re.escape(override.partition("=")[0])
+            if re.match(rf"(unknown config key )?{key}\b", str(error)):
+                raise OverrideError(f"{override}: {error}") from error
+        raise
     if phase is None:
         return config
     # again, because overrides win over the phase; those of the whole run have done their work
@@ -77,7 +108,11 @@ def config_from_tree(
 
 def _apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     for override in overrides:
-        config = _build(RunConfig, override_tree(override), config, "")
+        tree = override_tree(override)
+        try:
+            config = _build(RunConfig, tree, config, "")
+        except ConfigError as error:
+            raise OverrideError(f"{override}: {error}") from error
     return config
 
 
@@ -125,20 +160,36 @@ def override_tree(override: str) -> dict[str, Any]:
     """What `section.key=value` says, in a recipe's form."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} must look like section.key=value")
+        raise OverrideError(f"override {override!r} must look like section.key=value")
     try:
-        value: Any = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+        value = _as_given(parse_yaml(text, "the value")) if text else ""
+    except ConfigError as error:
+        raise OverrideError(f"{override}: {error}") from error
+    *sections, last = key.split(".")
+    tree: dict[str, Any] = {last: value}
+    for part in reversed(sections):
+        tree = {part: tree}
+    return tree
+
+
+def with_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A recipe's tree after overrides, unbuilt."""
+    for override in overrides:
+        tree = _merge(tree, override_tree(override), RunConfig)
+    return tree
+
+
+def _as_given(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return _Given({key: _as_given(item) for key, item in value.items()})
 
 
 def _build(cls: type, tree: Any, base: Any, path: str) -> Any:
     """An instance of dataclass `cls` from a mapping; fields it does not name come from `base`."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path.rstrip('.') or 'the recipe'} must be a mapping, not {tree!r}")
+        where = path.rstrip(".") or "the recipe"
+        raise ConfigError(f"{where} must be a mapping, not {_shown(tree)}")
     hints = get_type_hints(cls)
     for key in tree:
         if key not in hints:
@@ -179,8 +230,6 @@ def _unknown_key(path: str, key: str, cls: type) -> str:
 
 def _convert(hint: Any, value: Any, old: Any, path: str) -> Any:  # noqa: C901 - one case per type
     origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return _merge(old, value)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -188,8 +237,8 @@ def _convert(hint: Any, value: Any, old: Any, path: str) -> Any:  # noqa: C901 -
         return _convert(inner[0], value, old, path)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
-            raise ConfigError(f"{path} must be one of {', '.join(map(str, arguments))}, "
-                              f"not {value!r}")  # fmt: skip
+            choices = ", ".join(map(str, arguments))
+            raise ConfigError(f"{path} must be one of {choices}, not {_shown(value)}")
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, hint):
@@ -197,8 +246,10 @@ def _convert(hint: Any, value: Any, old: Any, path: str) -> Any:  # noqa: C901 -
         return _build(hint, value, old, f"{path}.")
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{path} must be a mapping, not {value!r}")
-        kept = dict(old or {})
+            raise ConfigError(f"{path} must be a mapping, not {_shown(value)}")
+        if arguments[1] is Any:  # a phase: settings, and no names of the user's own
+            return _merge(old, value, RunConfig)
+        kept = {} if isinstance(value, _Given) else dict(old or {})
         for key, item in value.items():
             kept[str(key)] = _convert(arguments[1], item, kept.get(str(key)), f"{path}.{key}")
         return kept
@@ -207,17 +258,29 @@ def _convert(hint: Any, value: Any, old: Any, path: str) -> Any:  # noqa: C901 -
     return _convert_scalar(hint, value, path)
 
 
-def _merge(old: Any, new: Any) -> Any:
-    if not isinstance(old, dict) or not isinstance(new, dict):
+def _merge(old: Any, new: Any, hint: Any = Any) -> Any:
+    """A tree of settings over another, as plain mappings; `hint` is what they will be built as."""
+    if not isinstance(new, dict):
         return new
-    return {**old, **{key: _merge(old.get(key), value) for key, value in new.items()}}
+    replaces = isinstance(new, _Given) and get_origin(hint) is dict
+    kept = dict(old) if isinstance(old, dict) and not replaces else {}
+    for key, value in new.items():
+        kept[key] = _merge(kept.get(key), value, _hint_of(hint, key))
+    return kept
+
+
+def _hint_of(hint: Any, key: str) -> Any:
+    """What the value of `key` in a tree of settings will be built as."""
+    if get_origin(hint) is dict:
+        return get_args(hint)[1]
+    return get_type_hints(hint).get(key, Any) if dataclasses.is_dataclass(hint) else Any
 
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if isinstance(value, str) and arguments == (str, ...):
         value = [value]
     if not isinstance(value, list | tuple):
-        raise ConfigError(f"{path} must be a list, not {value!r}")
+        raise ConfigError(f"{path} must be a list, not {_shown(value)}")
     if arguments[-1] is Ellipsis:
         kinds = [arguments[0]] * len(value)
     elif len(arguments) != len(value):
@@ -236,4 +299,10 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
             pass
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{path} must be {hint.__name__}, not {value!r}")
+    cure = "; left out, it keeps its default" if value is None else ""
+    raise ConfigError(f"{path} must be {hint.__name__}, not {_shown(value)}{cure}")
+
+
+def _shown(value: Any) -> str:
+    """As a recipe spells it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)

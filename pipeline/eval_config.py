@@ -124,8 +124,8 @@ class ScheduleConfig:
     every_steps: int = 0
     """Only steps that this number divides; 0 takes every step that was committed."""
     cron: str = ""
-    """"minute hour day month weekday" in UTC: only the step that is newest at these times; empty
-    takes each as soon as it is committed."""
+    """"minute hour day month weekday" in UTC: only the step (of `every_steps`) that is newest at
+    these times; empty takes each as soon as it is committed."""
     until_step: int = 0
     """End when this step of every run was dealt with; 0 goes on until told to stop."""
     poll_seconds: float = 30.0

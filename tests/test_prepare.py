@@ -16,7 +16,7 @@ from glipv2.jobs.cli import main
 from glipv2.pipeline import storage, worker_notes
 from glipv2.pipeline.config import CleanConfig, PrepareConfig
 from glipv2.pipeline.errors import ConfigError, DataError
-from glipv2.pipeline.shards import iterate_records, open_shard_set
+from glipv2.pipeline.shards import iterate_records, open_shard_set, write_manifest
 
 SAMPLES = Path(__file__).parents[1] / "infra" / "samples"
 TOY = PrepareConfig(source="toy", set="toy_val", count=20, size=64, seed=3)
@@ -151,13 +151,44 @@ def test_what_differs_is_said_in_words_and_paths(tmp_path):
     cases = {
         second: f"root: {tmp_path}/one there, {tmp_path}/two now",
         replace(first, clean=CleanConfig(min_words=3)): "min_words: 2 there, 3 now",
-        first: "min_words: 2 there, not set now",  # a rule that is gone is another setting too
+        first: "min_words: 2 there, 0 now",  # a rule that is gone is another setting too
     }
     for options, said in cases.items():
         with pytest.raises(DataError, match="not the same table|min_words") as caught:
             prepare.prepare_set(url, options)
         assert said in str(caught.value)
         assert not re.search(r"[0-9a-f]{8}", str(caught.value).replace(url, ""))
+
+
+def test_only_what_differs_is_named(tmp_path):
+    options = PrepareConfig(source="pairs", root=str(SAMPLES / "web_pairs"))
+    url, other = str(tmp_path / "plain"), str(tmp_path / "ruled")
+    ruled = replace(options, clean=CleanConfig(min_side=200))
+    prepare.prepare_set(url, options)
+    prepare.prepare_set(other, ruled)
+    for folder, given, said in (
+        (url, ruled, "min_side: 0 there, 200 now"),
+        (other, options, "min_side: 200 there, 0 now"),
+        (url, replace(options, clean=CleanConfig(languages=("en",))), "languages: none there, en"),
+    ):
+        with pytest.raises(DataError, match=re.escape(f"with other settings ({said}")) as caught:
+            prepare.prepare_set(folder, given)
+        assert ";" not in str(caught.value).partition(" (")[2].partition(")")[0]
+
+
+def test_a_set_made_before_a_rule_was_known_is_as_by_that_rules_default(tmp_path):
+    options = PrepareConfig(source="pairs", root=str(SAMPLES / "web_pairs"))
+    ruled, url = replace(options, clean=CleanConfig(min_side=50)), tmp_path / "set"
+    prepare.prepare_set(str(url), ruled)
+    made = open_shard_set(str(url))
+    content = made.info["plan"]["content"]
+    del content["languages"], content["max_aspect"]
+    write_manifest(str(url), list(made.shards), made.categories, made.info)
+    before = contents(url)
+    prepare.prepare_set(str(url), ruled)
+    assert contents(url) == before
+    with pytest.raises(DataError, match=r"settings \(min_side: 50 there, 60 now\);"):
+        prepare.prepare_set(str(url), replace(options, clean=CleanConfig(min_side=60)))
 
 
 def test_progress_is_shown_within_a_shard(tmp_path, monkeypatch):

@@ -362,6 +362,22 @@ def test_what_is_scored_and_what_is_best_is_not_pruned(
     assert "   (pruned)" in status_table(scheduler(run, val))
 
 
+def test_of_equal_steps_the_one_that_is_best_already_stays(
+    run: str, val: str, scoring: Scoring
+) -> None:
+    scoring.values = dict.fromkeys((40, 50, 60, 70), 0.0)
+    commit_step(run, 50)
+    scheduler(run, val).serve()
+    for step in (40, 60, 70):  # one before, which nobody had scored, and later ones
+        commit_step(run, step)
+        scheduler(run, val).serve()
+        assert best_file(run)["step"] == 50 and pins(run) == {"best-coco.ap": 50}
+    scoring.values[80] = 0.1
+    commit_step(run, 80)
+    scheduler(run, val).serve()
+    assert best_file(run)["step"] == 80
+
+
 def test_pins_end_and_damaged_ones_keep_nothing(run: str, caplog: pytest.LogCaptureFixture) -> None:
     for step in (10, 20, 30, 40, 50):
         commit_step(run, step)

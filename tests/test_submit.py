@@ -189,6 +189,12 @@ def test_a_folder_here_is_not_taken_for_a_phase_there(
     template = "data/dice_{shots}_{seed}"
     with pytest.raises(ConfigError, match=f"name files of this machine: {template}; copy"):
         prepared(asked("adapt", recipe, "train.init=", splits % f"'{template}'")).__enter__()
+    tree = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump(tree | {"phases": {"old": {"train": {"init": "mymodel"}}}}))
+    with pytest.raises(ConfigError, match="files of this machine: mymodel; copy"):
+        prepared(asked("pretrain", recipe, "train.init=")).__enter__()
+    with prepared(asked("pretrain", recipe, "train.init=", "phases={new: {}}")):
+        pass  # what the command line replaces is not looked for
 
 
 @pytest.fixture

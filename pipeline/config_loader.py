@@ -15,7 +15,7 @@ from glipv2.pipeline import storage
 from glipv2.pipeline.answers import read_answers
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import ConfigError
-from glipv2.pipeline.rounds import with_rounds
+from glipv2.pipeline.rounds import rounds_of, with_rounds
 from glipv2.pipeline.strict_yaml import parse_yaml
 
 MOST_EXTENDED = 5
@@ -98,6 +98,10 @@ def config_from_tree(
     # again, because overrides win over the phase; those of the whole run have done their work
     own = [text for text in overrides if not text.startswith(WHOLE_RUN)]
     phased = _apply_overrides(_apply_phase(config, phase), own)
+    if phase in rounds_of(config)[1:]:  # overrides of these say what the first round's are
+        label = config.phases[phase]["label"]
+        apart = {key: label[key] for key in ("teacher", "inputs")}
+        phased = dataclasses.replace(phased, label=dataclasses.replace(phased.label, **apart))
     init, teacher = phased.train.init, phased.label.teacher  # names of the whole run's phases
     return dataclasses.replace(
         phased,

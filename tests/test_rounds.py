@@ -52,6 +52,14 @@ def test_each_round_has_the_student_before_as_its_teacher() -> None:
     assert config_from_tree(yaml.safe_load(dump_config(third)), []) == third  # what ranks read
 
 
+@pytest.mark.parametrize("override", ["label.inputs={pairs: mine}", "label.inputs.pairs=mine"])
+def test_sets_and_teacher_of_the_command_line_are_the_first_rounds(override: str) -> None:
+    overrides = [override, "label.teacher=elsewhere/model", "phases.student.data.mixture={mine: 1}"]
+    second = config_from_tree(copy.deepcopy(TREE), overrides, "student_2")
+    assert second.label.inputs == {"pairs": "mine_2"} and second.data.mixture == {"mine_2": 1}
+    assert second.label.teacher == "runs/r/student"
+
+
 def test_one_round_adds_nothing() -> None:
     config = config_from_tree(copy.deepcopy(TREE), ["rounds=1"])
     assert list(config.phases) == ["teacher", "student", "control"]

@@ -18,7 +18,7 @@ from glipv2.jobs.label import label
 from glipv2.jobs.prepare import prepare_set
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import PrepareConfig
-from glipv2.pipeline.config_loader import config_from_tree
+from glipv2.pipeline.config_loader import config_from_tree, from_tree
 from glipv2.pipeline.shard_reader import iterate_records
 
 
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--target", type=float, default=0.945, help="precision wanted on them")
     arguments = parser.parse_args()
     world = yaml.safe_load((arguments.run / "config.yaml").read_text())["prepare"]
-    gold = PrepareConfig(**{**world["toy_calibration"], "count": arguments.gold})
+    gold = from_tree(PrepareConfig, {**world["toy_calibration"], "count": arguments.gold})
     prepare_set(str(arguments.run / "quality" / "gold"), gold)
     print("| model | labels of | precision | recall | kept |\n|---|---|---|---|---|")  # noqa: T201
     for model in arguments.models:

@@ -14,6 +14,13 @@ from typing import Any
 
 from glipv2.pipeline.errors import ConfigError
 
+START_ONE = "start one with `ray start --head`, or give no address to run on this machine alone"
+GIVE_TOKEN = (
+    "if it runs it may want its token, which Ray takes, with RAY_AUTH_MODE=token, from "
+    "RAY_AUTH_TOKEN or ~/.ray/auth_token"
+)
+"""Ray itself only says that it can't connect."""
+
 
 def start_ray(num_cpus: int, show_workers: bool = False) -> None:
     """Join the cluster that RAY_ADDRESS names, or start a private one on this machine.
@@ -38,21 +45,22 @@ def start_ray(num_cpus: int, show_workers: bool = False) -> None:
         "object_store_memory": 200 << 20,
         "include_dashboard": False,
     }
+    cure = START_ONE
     try:
         if existing:
             _reach(os.environ["RAY_ADDRESS"])
+            cure = f"{GIVE_TOKEN}; else {START_ONE}"
         with _time_to_stop():
             ray.init(
                 log_to_driver=show_workers,
                 logging_level=logging.WARNING,
                 **({} if existing else own),
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ray.exceptions.AuthenticationError) as error:
         if not existing:
             raise
         raise ConfigError(
-            f"no Ray cluster can be joined at {os.environ['RAY_ADDRESS']}: {error}; start one with "
-            "`ray start --head`, or give no address to run on this machine alone"
+            f"no Ray cluster can be joined at {os.environ['RAY_ADDRESS']}: {error}; {cure}"
         ) from error
 
 

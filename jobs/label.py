@@ -69,7 +69,7 @@ def label(config: RunConfig) -> str:
     Returns what became of each set, to be shown. A set of which shards were given up is an error,
     once all others are done.
     """
-    from glipv2.jobs.label_plan import make_plan
+    from glipv2.jobs.label_plan import check_claims, make_plan
 
     folder, unusable, said = storage.join(config.run_dir, "labels"), list[bytes](), list[str]()
     listed = storage.join(folder, "quarantine.jsonl")
@@ -80,6 +80,7 @@ def label(config: RunConfig) -> str:
             said.append(str(plan.gold))
             if plan.gold.missed:
                 log.warning(plan.gold.missed)
+        check_claims(plan)
         for source, target in plan.settings.inputs.items():
             try:
                 shards, closing_lines = label_set(plan, source, config.set_url(target))

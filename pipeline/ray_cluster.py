@@ -22,11 +22,12 @@ GIVE_TOKEN = (
 """Ray itself only says that it can't connect."""
 
 
-def start_ray(num_cpus: int, show_workers: bool = False) -> None:
+def start_ray(num_cpus: int, show_workers: bool = False, gpus_per_actor: float = 0.0) -> None:
     """Join the cluster that RAY_ADDRESS names, or start a private one on this machine.
 
     A private one has as many CPUs as the machine, or `num_cpus` if those are more: what can't be
-    done with fewer. With `show_workers` what workers print appears here as well.
+    done with fewer. With `show_workers` what workers print appears here as well. ConfigError where
+    a private one would have no room for an actor's GPUs.
     """
     existing = bool(os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -39,6 +40,8 @@ def start_ray(num_cpus: int, show_workers: bool = False) -> None:
 
     if ray.is_initialized():
         return
+    if gpus_per_actor and not existing:
+        _check_gpus(gpus_per_actor)
     own: dict[str, Any] = {
         "address": "local",  # Ray would join what somebody has started on this machine
         "num_cpus": max(num_cpus, os.cpu_count() or 1),
@@ -62,6 +65,17 @@ def start_ray(num_cpus: int, show_workers: bool = False) -> None:
         raise ConfigError(
             f"no Ray cluster can be joined at {os.environ['RAY_ADDRESS']}: {error}; {cure}"
         ) from error
+
+
+def _check_gpus(per_actor: float) -> None:
+    """What Ray would only tell after the seconds that it takes to start."""
+    import torch  # slow as well, and not asked of who wants no GPU
+
+    if per_actor > (here := torch.cuda.device_count()):
+        raise ConfigError(
+            f"this machine has {here} GPUs, too few for an actor with {per_actor:g}: ask for fewer "
+            "(0 works on CPUs), or give the address of a Ray cluster that has them"
+        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import ray
+import torch
 from ray.exceptions import AuthenticationError
 
 from glipv2.pipeline.errors import ConfigError
@@ -86,6 +87,17 @@ def test_a_cluster_that_wants_another_token_is_told_from_one_that_is_not_there(
             assert "RAY_AUTH_TOKEN or ~/.ray/auth_token; else start one with `ray start" in said
     said = told(there)
     assert "token" not in said and "start one with `ray start --head`" in said
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_gpus_that_this_machine_lacks_are_missed_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="this machine has 1 GPUs, too few for an actor with 2"):
+        list(map_on_ray(make_length, ["abc"], num_actors=1, gpus_per_actor=2))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         from glipv2.jobs.audit import print_audit
 
         return print_audit(arguments.overrides)
+    if arguments.price and not arguments.dry_run:
+        raise ConfigError("--price is for --dry-run, which says what the labelling would cost")
     use_cluster(arguments.address)
     config = recipe_config(arguments, arguments.phase)
     if arguments.gc:

@@ -115,6 +115,13 @@ def test_what_is_wrong_with_a_later_set_is_told_before_the_first_is_labelled(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_price_is_refused_where_nothing_is_estimated(config, tmp_path, capsys):
+    config()
+    assert main(["label", str(tmp_path / "recipe.yaml"), "--price", "2"]) == 2
+    assert "--price is for --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_teacher_that_is_not_trained_is_told_how_to_get_it(config, tmp_path):
     for phases, cure in (({}, "or train first$"), ({"teacher": {}}, "--phase teacher$")):
         asked = config("label.teacher=teacher")

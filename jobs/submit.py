@@ -150,6 +150,9 @@ def _checked(words: list[str]) -> RunConfig:
             f"run_dir {config.run_dir!r} would lie on one machine of the cluster and be lost: give "
             "a URL such as s3://bucket/run, or the absolute path of a folder that all nodes share"
         )
+    whole = load_config(parsed.recipe, parsed.overrides)
+    for suite in getattr(parsed, "suite", None) or ():
+        whole.eval.suite(suite)  # of the whole run, whatever the phase
     given = [pair for override in parsed.overrides for pair in _texts(override_tree(override))]
     _refuse_webhooks([*_texts(read_recipe(parsed.recipe)), *given])
     local = _only_here(parsed, config, given)

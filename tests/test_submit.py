@@ -116,6 +116,16 @@ def test_what_would_be_lost_or_missing_on_the_cluster_is_refused(
         prepared(asked("pretrain", recipe, "--score-only")).__enter__()
 
 
+def test_a_suite_or_phase_that_is_not_in_the_recipe_is_refused(recipe: Path) -> None:
+    suite = "eval.suites.coco={set: val}"
+    with prepared(asked("evaluate", recipe, suite, "--suite", "coco", "--phase", "student")):
+        pass
+    with pytest.raises(ConfigError, match="eval.suites has no 'nope'; it has: coco"):
+        prepared(asked("evaluate", recipe, suite, "--suite", "coco", "--suite", "nope")).__enter__()
+    with pytest.raises(ConfigError, match="phase 'nope' is not in the recipe"):
+        prepared(asked("evaluate", recipe, suite, "--phase", "nope")).__enter__()
+
+
 def test_secrets_do_not_travel_in_a_jobs_record(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

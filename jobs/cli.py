@@ -105,8 +105,8 @@ Exit code 1 if a cell failed; the others are done then.""",
   glipv2 submit schedule my.yaml --address http://head:8265 --no-wait
   glipv2 submit evaluate my.yaml --dry-run
 The package and the recipe travel with the job. run_dir and all that the recipe names must be URLs,
-or paths of a file system that all nodes share. The log is shown until the job has ended, and its
-exit code is the command's own; ctrl-C leaves the job running.""",
+or absolute paths of a file system that all nodes share. The log is shown until the job has ended,
+and its exit code is the command's own; ctrl-C leaves the job running.""",
     "jobs": """
   glipv2 jobs list --address http://head:8265
   glipv2 jobs logs label-web-1f2e3d --address http://head:8265 --follow

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 a check failed; 2 a mistake in input or configuration, explained; 3 stopped
 but can be run again with the same command; 74 the same, once there is room on the disk; 75 the
-same, told to stop and all steps saved; 130 interrupted.
+same, told to stop and all steps saved; 130 interrupted; 141 nobody reads what it prints any more.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -104,8 +105,8 @@ Exit code 1 if a cell failed; the others are done then.""",
   glipv2 submit schedule my.yaml --address http://head:8265 --no-wait
   glipv2 submit evaluate my.yaml --dry-run
 The package and the recipe travel with the job. run_dir and all that the recipe names must be URLs,
-or paths of a file system that all nodes share. The log is shown until the job has ended, and its
-exit code is the command's own; ctrl-C leaves the job running.""",
+or absolute paths of a file system that all nodes share. The log is shown until the job has ended,
+and its exit code is the command's own; ctrl-C leaves the job running.""",
     "jobs": """
   glipv2 jobs list --address http://head:8265
   glipv2 jobs logs label-web-1f2e3d --address http://head:8265 --follow
@@ -137,13 +138,36 @@ missing, unexpected or of another shape is an error that lists it.""",
 }
 CAN_BE_RUN_AGAIN = 3
 PREEMPTED = 75
+READER_GONE = 141
+"""What a shell makes of SIGPIPE."""
+STDOUT = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_environment()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    return _guarded(parse(words))
+    try:
+        code = _guarded(parse(words))
+        _flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # for what is still to be written
+        return READER_GONE
+    return code
+
+
+def _flush() -> None:
+    """Here, as nobody can catch what the interpreter's own flush raises when it ends."""
+    print(end="", flush=True)  # noqa: T201 - there may be no sys.stdout
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is what broke, as in `glipv2 ... | head`; connections break as well."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)  # which asks for nothing but errors
+    return bool(poll.poll(0))
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -170,7 +194,7 @@ def _quiet_environment() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the nearest of the choices when none was hit."""
+    """Names the nearest of the choices when none was hit; prints while a broken pipe is caught."""
 
     def error(self, message: str) -> NoReturn:
         found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
@@ -179,6 +203,10 @@ class _Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(found[1].lower(), choices, n=1, cutoff=0.5)
             message += f"; did you mean {near[0]}?" if near else ""
         super().error(message)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        _flush()  # of --help
+        super().exit(status, message)
 
 
 def _parser(words: list[str]) -> argparse.ArgumentParser:

@@ -89,10 +89,7 @@ class Suite:
 
 def open_suite(config: RunConfig, name: str) -> Suite:
     """ConfigError or DataError where the recipe or a shard set lacks something."""
-    if name not in config.eval.suites:
-        known = ", ".join(config.eval.suites) or "none"
-        raise ConfigError(f"eval.suites has no {name!r}; it has: {known}")
-    own = config.eval.suites[name]
+    own = config.eval.suite(name)
     parts = _odinw(config, own) if own.odinw else {
         part: (config.set_url(given), own) for part, given in (own.sets or {name: own.set}).items()
     }  # fmt: skip

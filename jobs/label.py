@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         from glipv2.jobs.audit import print_audit
 
         return print_audit(arguments.overrides)
+    if arguments.price and not arguments.dry_run:
+        raise ConfigError("--price is for --dry-run, which says what the labelling would cost")
     use_cluster(arguments.address)
     config = recipe_config(arguments, arguments.phase)
     if arguments.gc:
@@ -69,7 +71,7 @@ def label(config: RunConfig) -> str:
     Returns what became of each set, to be shown. A set of which shards were given up is an error,
     once all others are done.
     """
-    from glipv2.jobs.label_plan import make_plan
+    from glipv2.jobs.label_plan import check_claims, make_plan
 
     folder, unusable, said = storage.join(config.run_dir, "labels"), list[bytes](), list[str]()
     listed = storage.join(folder, "quarantine.jsonl")
@@ -80,6 +82,7 @@ def label(config: RunConfig) -> str:
             said.append(str(plan.gold))
             if plan.gold.missed:
                 log.warning(plan.gold.missed)
+        check_claims(plan)
         for source, target in plan.settings.inputs.items():
             try:
                 shards, closing_lines = label_set(plan, source, config.set_url(target))

@@ -111,11 +111,19 @@ def make_plan(config: RunConfig) -> Plan:
 
 
 def _check_inputs(config: RunConfig) -> None:
-    """ConfigError unless every set of pairs has an output set of its own."""
+    """ConfigError or DataError unless every set of pairs is there and has an output set of its
+    own."""
+    from glipv2.pipeline.shard_reader import open_shard_set
+
     urls = [config.set_url(name) for pair in config.label.inputs.items() for name in pair]
     if len(set(urls)) < len(urls):
         [(twice, _)] = Counter(urls).most_common(1)
         raise ConfigError(f"label.inputs names {twice} twice; each set needs a folder of its own")
+    for source in config.label.inputs:
+        try:
+            open_shard_set(config.set_url(source))
+        except DataError as error:
+            raise DataError(f"label.inputs: {error}") from error
 
 
 def _resolved(config: RunConfig, name: str) -> str:
@@ -171,6 +179,15 @@ def gold_quality(config: RunConfig) -> dict[str, float]:
     quality = {key: getattr(found, key) for key in ("threshold", "precision", "recall")}
     both = quality["precision"] + quality["recall"]
     return {**quality, "f1": 2 * quality["precision"] * quality["recall"] / both if both else 0.0}
+
+
+def check_claims(plan: Plan) -> None:
+    """`check_claim` of all sets, before hours go into the first."""
+    from glipv2.pipeline.shard_reader import open_shard_set
+
+    for source, target in plan.settings.inputs.items():
+        pairs = open_shard_set(plan.config.set_url(source))
+        check_claim(plan, pairs, plan.config.set_url(target))
 
 
 def check_claim(plan: Plan, pairs: "ShardSet", out: str) -> None:

@@ -29,7 +29,6 @@ from glipv2.pipeline.config_loader import (
     load_config,
     override_tree,
     read_recipe,
-    with_overrides,
 )
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.progress import say
@@ -39,12 +38,22 @@ PACKAGES = ("model", "pipeline", "data_prep", "eval", "jobs")
 SHIPPED = ("*.py", "*.yaml", "*.txt", "*.html", "*.css")
 SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSW|CREDENTIAL|WEBHOOK|SLACK", re.IGNORECASE)
 PHASE = r"(phases\.[^.]+\.)?"
-PLACES = re.compile(rf"{PHASE}(data\.(root|vocabulary)|eval\.suites\.[\w-]+\.annotations)")
+PLACES = re.compile(
+    rf"{PHASE}(data\.(root|vocabulary)|eval\.suites\.[\w-]+\.annotations|schedule\.runs"
+    r"|prepare\.[\w-]+\.(annotations|images|root|list))(\[\])?"
+)
 """Settings of which a name without a folder is a place, too: that where a command is started."""
 ANSWERS = re.compile(rf"{PHASE}model\.answers")
 """A list, or the file of it; the loaded configuration holds the list."""
-SPLITS = re.compile(r"adapt\.sets\.[\w-]+\.splits")
-"""Where shots and seed are still to be filled in, so that no such file is found."""
+NO_PLACES = re.compile(
+    rf"{PHASE}(model\.answers|label\.phrases\.stop|eval\.suites\.[\w-]+\.prompts(\..*)?"
+    r"|schedule\.(cron|webhook)|log\.wandb|data\.cache|prepare\.[\w-]+\.(split|caption_field))"
+    r"(\[\])?"
+)
+"""Settings that may have a slash in them and name nothing that must be there: texts, times, and a
+folder that each node makes for itself. Elsewhere a slash makes a place of a text."""
+HUB = re.compile(r"hf:\w[\w.-]*(/[\w.-]+)?")
+"""A teacher that is looked for in a folder of that name first."""
 MODELS = re.compile(rf"{PHASE}(train\.init|label\.teacher)")
 """Of which a name without a folder is a phase of the run, and no folder where a command starts."""
 WEBHOOK = re.compile(rf"{PHASE}schedule\.webhook")
@@ -156,9 +165,12 @@ def _checked(words: list[str]) -> RunConfig:
             f"run_dir {config.run_dir!r} would lie on one machine of the cluster and be lost: give "
             "a URL such as s3://bucket/run, or the absolute path of a folder that all nodes share"
         )
+    whole = load_config(parsed.recipe, parsed.overrides)
+    for suite in getattr(parsed, "suite", None) or ():
+        whole.eval.suite(suite)  # of the whole run, whatever the phase
     given = [pair for override in parsed.overrides for pair in _texts(override_tree(override))]
     _refuse_webhooks([*_texts(read_recipe(parsed.recipe)), *given])
-    local = _only_here(parsed, config, given)
+    local = _only_here(parsed, config, whole, given)
     if local:
         raise ConfigError(
             f"the job would name files of this machine: {', '.join(sorted(local))}; copy them to "
@@ -168,20 +180,23 @@ def _checked(words: list[str]) -> RunConfig:
 
 
 def _only_here(
-    parsed: argparse.Namespace, config: RunConfig, given: list[tuple[str, str]]
+    parsed: argparse.Namespace, config: RunConfig, whole: RunConfig, given: list[tuple[str, str]]
 ) -> set[str]:
-    """Files of this machine that the stage would read or write; `given` is what overrides say."""
+    """KEY=VALUE of files of this machine that the stage would read or write.
+
+    `given` is what overrides say, `whole` the configuration without a phase.
+    """
     tree = as_tree(config)
     if parsed.command != "run":  # which alone makes the sets
         del tree["prepare"]
-    found = {text for key, text in _texts(tree) if _is_here_only(key, text)}
-    options = {str(getattr(parsed, name, None) or "-") for name in OPTIONS} - {"-"}
-    answers = {text for key, text in given if ANSWERS.fullmatch(key)}
-    found |= {url for url in answers | options if not is_shared(url)}
-    phases = load_config(parsed.recipe, parsed.overrides).phases
-    said = dict(_texts(with_overrides(read_recipe(parsed.recipe), parsed.overrides)))
-    models = {text for key, text in said.items() if MODELS.fullmatch(key)}
-    return found | {name for name in models.difference(phases, {""}) if Path(name).is_dir()}
+    found = [own for own in _texts(tree) if _is_here_only(*own)]
+    models = [own for own in _texts(as_tree(whole)) if MODELS.fullmatch(own[0])]
+    names = {"", *whole.phases}
+    found += [own for own in models if own[1] not in names and _is_name_of_folder(own[1])]
+    options = [(f"--{name}", str(getattr(parsed, name, None) or "-")) for name in OPTIONS]
+    files = [*options, *(own for own in given if ANSWERS.fullmatch(own[0]))]
+    found += [own for own in files if own[1] != "-" and not is_shared(own[1])]
+    return {f"{key}={text}" for key, text in found}
 
 
 def is_shared(url: str) -> bool:
@@ -192,11 +207,18 @@ def is_shared(url: str) -> bool:
 
 
 def _is_here_only(key: str, text: str) -> bool:
+    """Whether a setting names a place by a path that other machines look for elsewhere."""
     if PLACES.fullmatch(key):
         return text != "" and not is_shared(text)
-    if "/" not in text or "://" in text or Path(text).is_absolute():
-        return False
-    return SPLITS.fullmatch(key) is not None or Path(text).exists()
+    path = text.removeprefix("hf:").removeprefix("spacy:")
+    if HUB.fullmatch(text):
+        return Path(path).is_dir()
+    relative = "/" in path and "://" not in path and not Path(path).is_absolute()
+    return relative and not NO_PLACES.fullmatch(key)
+
+
+def _is_name_of_folder(text: str) -> bool:
+    return "/" not in text and Path(text).is_dir()
 
 
 def _with_answers(tree: dict[str, Any]) -> dict[str, Any]:

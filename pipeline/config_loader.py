@@ -176,13 +176,6 @@ def override_tree(override: str) -> dict[str, Any]:
     return tree
 
 
-def with_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A recipe's tree after overrides, unbuilt."""
-    for override in overrides:
-        tree = _merge(tree, override_tree(override), RunConfig)
-    return tree
-
-
 def _as_given(value: Any) -> Any:
     if not isinstance(value, dict):
         return value

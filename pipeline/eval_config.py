@@ -112,6 +112,13 @@ class EvalConfig:
             require(bool(SUITE_NAME.fullmatch(name)), "eval.suites",
                     "names of letters, digits, _ and -", name)  # fmt: skip
 
+    def suite(self, name: str) -> SuiteConfig:
+        """ConfigError if there is none of that name."""
+        if name not in self.suites:
+            known = ", ".join(self.suites) or "none"
+            raise ConfigError(f"eval.suites has no {name!r}; it has: {known}")
+        return self.suites[name]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:

@@ -14,12 +14,20 @@ from typing import Any
 
 from glipv2.pipeline.errors import ConfigError
 
+START_ONE = "start one with `ray start --head`, or give no address to run on this machine alone"
+GIVE_TOKEN = (
+    "if it runs it may want its token, which Ray takes, with RAY_AUTH_MODE=token, from "
+    "RAY_AUTH_TOKEN or ~/.ray/auth_token"
+)
+"""Ray itself only says that it can't connect."""
 
-def start_ray(num_cpus: int, show_workers: bool = False) -> None:
+
+def start_ray(num_cpus: int, show_workers: bool = False, gpus_per_actor: float = 0.0) -> None:
     """Join the cluster that RAY_ADDRESS names, or start a private one on this machine.
 
     A private one has as many CPUs as the machine, or `num_cpus` if those are more: what can't be
-    done with fewer. With `show_workers` what workers print appears here as well.
+    done with fewer. With `show_workers` what workers print appears here as well. ConfigError where
+    a private one would have no room for an actor's GPUs.
     """
     existing = bool(os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -32,28 +40,42 @@ def start_ray(num_cpus: int, show_workers: bool = False) -> None:
 
     if ray.is_initialized():
         return
+    if gpus_per_actor and not existing:
+        _check_gpus(gpus_per_actor)
     own: dict[str, Any] = {
         "address": "local",  # Ray would join what somebody has started on this machine
         "num_cpus": max(num_cpus, os.cpu_count() or 1),
         "object_store_memory": 200 << 20,
         "include_dashboard": False,
     }
+    cure = START_ONE
     try:
         if existing:
             _reach(os.environ["RAY_ADDRESS"])
+            cure = f"{GIVE_TOKEN}; else {START_ONE}"
         with _time_to_stop():
             ray.init(
                 log_to_driver=show_workers,
                 logging_level=logging.WARNING,
                 **({} if existing else own),
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ray.exceptions.AuthenticationError) as error:
         if not existing:
             raise
         raise ConfigError(
-            f"no Ray cluster can be joined at {os.environ['RAY_ADDRESS']}: {error}; start one with "
-            "`ray start --head`, or give no address to run on this machine alone"
+            f"no Ray cluster can be joined at {os.environ['RAY_ADDRESS']}: {error}; {cure}"
         ) from error
+
+
+def _check_gpus(per_actor: float) -> None:
+    """What Ray would only tell after the seconds that it takes to start."""
+    import torch  # slow as well, and not asked of who wants no GPU
+
+    if per_actor > (here := torch.cuda.device_count()):
+        raise ConfigError(
+            f"this machine has {here} GPUs, too few for an actor with {per_actor:g}: ask for fewer "
+            "(0 works on CPUs), or give the address of a Ray cluster that has them"
+        )
 
 
 @contextmanager

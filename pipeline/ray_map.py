@@ -81,7 +81,7 @@ def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
     waiting = _Waiting(items)
     if not waiting:
         return
-    start_ray(math.ceil(min_actors * cpus_per_actor))
+    start_ray(math.ceil(min_actors * cpus_per_actor), gpus_per_actor=gpus_per_actor)
     pool = _Pool(make_worker, gpus_per_actor, cpus_per_actor, notes=bool(after_kill or watch))
     most = _most_actors(num_actors, gpus_per_actor, cpus_per_actor)
     retry = after_kill or try_again

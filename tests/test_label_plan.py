@@ -98,6 +98,30 @@ def test_an_output_set_that_is_used_twice_is_refused(config, folder, tmp_path):
     assert not (folder / "pairs" / "label.json").exists()
 
 
+def test_what_is_wrong_with_a_later_set_is_told_before_the_first_is_labelled(
+    config, gold, folder, tmp_path, monkeypatch
+):
+    def with_second(pairs, out):
+        inputs = {str(folder / "pairs"): str(tmp_path / "out"), str(pairs): str(out)}
+        return f"label.inputs={json.dumps(inputs)}"
+
+    shutil.copytree(folder / "pairs", tmp_path / "more")
+    second = with_second(tmp_path / "more", tmp_path / "gold")  # begun for other pairs
+    monkeypatch.setattr(ray_map, "map_on_ray", lambda *_, **__: pytest.fail("Ray was started"))
+    with pytest.raises(DataError, match=r"^label.inputs: .*no-such-set"):
+        label(config(with_second("data/no-such-set", "data/2"), gold))
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'gold'} was labelled with other settings"):
+        label(config(second))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_price_is_refused_where_nothing_is_estimated(config, tmp_path, capsys):
+    config()
+    assert main(["label", str(tmp_path / "recipe.yaml"), "--price", "2"]) == 2
+    assert "--price is for --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_teacher_that_is_not_trained_is_told_how_to_get_it(config, tmp_path):
     for phases, cure in (({}, "or train first$"), ({"teacher": {}}, "--phase teacher$")):
         asked = config("label.teacher=teacher")

@@ -1,14 +1,18 @@
 """How large a private Ray cluster is, and how many actors nodes hold."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 import ray
+import torch
+from ray.exceptions import AuthenticationError
 
-from glipv2.pipeline.ray_cluster import room_on
+from glipv2.pipeline.errors import ConfigError
+from glipv2.pipeline.ray_cluster import room_on, start_ray
 from glipv2.pipeline.ray_map import map_on_ray
 
 
@@ -58,6 +62,42 @@ def test_a_private_cluster_has_the_cpus_of_the_machine_or_what_the_least_actors_
     pool = {"num_actors": 64, "min_actors": 1, "cpus_per_actor": needed}
     assert list(map_on_ray(make_length, ["abc"], **pool)) == [("abc", 3)]  # type: ignore[arg-type]
     assert ray.cluster_resources()["CPU"] == needed
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_a_cluster_that_wants_another_token_is_told_from_one_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(**_: object) -> None:
+        raise errors.pop()
+
+    def told(address: str) -> str:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ConfigError, match=f"no Ray cluster can be joined at {address}") as told:
+            start_ray(1)
+        return str(told.value)
+
+    monkeypatch.setattr(ray, "init", refuse)
+    errors = [AuthenticationError("no token was found"), ConnectionError("Failed to connect")]
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        there = f"127.0.0.1:{listening.getsockname()[1]}"
+        for address in ("auto", there):
+            said = told(address)
+            assert "it may want its token" in said and "RAY_AUTH_MODE=token" in said
+            assert "RAY_AUTH_TOKEN or ~/.ray/auth_token; else start one with `ray start" in said
+    said = told(there)
+    assert "token" not in said and "start one with `ray start --head`" in said
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_gpus_that_this_machine_lacks_are_missed_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="this machine has 1 GPUs, too few for an actor with 2"):
+        list(map_on_ray(make_length, ["abc"], num_actors=1, gpus_per_actor=2))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

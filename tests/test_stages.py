@@ -116,6 +116,34 @@ def test_other_failures_of_the_system_are_not_taken_for_a_full_disk(
         main(["doctor"])
 
 
+@pytest.mark.parametrize(
+    "words", [["label", "--help"], ["submit", "evaluate", RECIPE, "run_dir=s3://b/r", "--dry-run"]]
+)
+def test_who_stops_reading_ends_a_command_quietly(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # then what breaks is the last flush
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "glipv2.jobs.cli", *words],
+        stdout=write, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_connection_that_breaks_is_not_taken_for_a_reader_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(_: argparse.Namespace) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(doctor, "run", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["doctor"])
+
+
 @pytest.mark.parametrize("damaged", [b'{"step": 1, "lo', b"\xff\xfe", b"7", b""])
 def test_a_damaged_line_in_the_middle_of_the_losses_is_named(
     tmp_path: Path, damaged: bytes

@@ -1,6 +1,7 @@
 """glipv2 submit and jobs: what travels, what is refused, and how a job is followed."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -91,17 +92,20 @@ def test_what_would_be_lost_or_missing_on_the_cluster_is_refused(
     with pytest.raises(ConfigError, match="run_dir 'runs/x' would lie on one machine"):
         prepared(asked("label", recipe, "run_dir=runs/x")).__enter__()
     (tmp_path / "gold").mkdir()
-    with pytest.raises(ConfigError, match=r"would name files of this machine: \./gold; copy them"):
+    with pytest.raises(ConfigError, match=r"files of this machine: data.mixture=\./gold; copy"):
         prepared(asked("pretrain", recipe, "data.mixture={./gold: 1}")).__enter__()
     (tmp_path / "words.txt").write_text("yes\nno\n")
     at_home = {
-        ("pretrain", "data.root=sets"): "sets",
-        ("pretrain", "data.vocabulary=words.json"): r"words\.json",
-        ("pretrain", "model.answers=words.txt"): r"words\.txt",
-        ("evaluate", "eval.suites.q={set: q, task: vqa, annotations: v.json}"): r"v\.json",
-        ("evaluate", "--checkpoint", "models/mine"): "models/mine",
-        ("evaluate", "--json", "scores.json"): r"scores\.json",
-    }
+        ("pretrain", "data.root=sets"): "data.root=sets",
+        ("pretrain", "data.vocabulary=words.json"): r"data.vocabulary=words\.json",
+        ("pretrain", "model.answers=words.txt"): r"model.answers=words\.txt",
+        ("evaluate", "eval.suites.q={set: q, task: vqa, annotations: v.json}"):
+            r"eval.suites.q.annotations=v\.json",
+        ("evaluate", "--checkpoint", "models/mine"): "--checkpoint=models/mine",
+        ("evaluate", "--json", "scores.json"): r"--json=scores\.json",
+        ("schedule", "schedule.runs=[mine]"): r"schedule.runs\[\]=mine",
+        ("run", "prepare.web={source: pairs, root: scraped}"): "prepare.web.root=scraped",
+    }  # fmt: skip
     for (stage, *words), named in at_home.items():
         with pytest.raises(ConfigError, match=f"would name files of this machine: {named}; copy"):
             prepared(asked(stage, recipe, *words)).__enter__()
@@ -114,6 +118,63 @@ def test_what_would_be_lost_or_missing_on_the_cluster_is_refused(
         prepared(asked("pretrain", recipe, "train.step=3")).__enter__()
     with pytest.raises(SystemExit):
         prepared(asked("pretrain", recipe, "--score-only")).__enter__()
+
+
+RELATIVE = {
+    "data.mixture={u/pairs: 1}": "data.mixture=u/pairs",
+    "label.teacher=models/glip-t": "label.teacher=models/glip-t",
+    "label.teacher=hf:../owlv2": "label.teacher=hf:../owlv2",
+    "label.ensemble=[hf:owlv2/, s3://b/m]": "label.ensemble[]=hf:owlv2/",
+    "label.inputs={data/web: s3://b/web_grounded}": "label.inputs=data/web",
+    "label.inputs={web: data/web_grounded}": "label.inputs.web=data/web_grounded",
+    "label.calibration=data/gold": "label.calibration=data/gold",
+    "label.phrases.parser=spacy:models/en": "label.phrases.parser=spacy:models/en",
+    "train.init=models/startt": "train.init=models/startt",
+    "phases.student.train.init=~/start": "phases.student.train.init=~/start",
+    "eval.suites.w={set: data/warehouse_val}": "eval.suites.w.set=data/warehouse_val",
+    "eval.suites.w={sets: {day: data/day}}": "eval.suites.w.sets.day=data/day",
+    "schedule.runs=runs/one": "schedule.runs[]=runs/one",
+    "adapt.sets.dice={train: data/dice, suite: dice}": "adapt.sets.dice.train=data/dice",
+}
+
+
+@pytest.mark.parametrize(("given", "told"), RELATIVE.items())
+def test_a_relative_path_is_refused_by_its_key_whether_it_is_here_or_not(
+    recipe: Path, given: str, told: str
+) -> None:
+    message = f"would name files of this machine: {told}; copy them"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        prepared(asked("label", recipe, given)).__enter__()
+
+
+def test_what_has_a_slash_and_is_no_relative_path_travels(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"  # on a disk that all nodes may have
+    shared.mkdir()
+    hub = "label.teacher=hf:IDEA-Research/grounding-dino-tiny"
+    words = (
+        hub, f"train.init={shared}", f"label.ensemble=[hf:{shared}]", "label.calibration=gold",
+        f"label.phrases={{parser: 'spacy:{shared}', stop: [and/or]}}", "model.answers=[24/7]",
+        "schedule.cron='*/5 * * * *'", "log.mlflow=http://host:5000", "data.cache=cache/shards",
+        "eval.suites.w={set: w, prompts: {a/c: {prefix: w/ a}}}", f"data.root=file://{shared}",
+    )  # fmt: skip
+    with prepared(asked("label", recipe, *words)):
+        pass
+    monkeypatch.chdir(tmp_path)
+    Path("IDEA-Research/grounding-dino-tiny").mkdir(parents=True)  # which would be taken here
+    with pytest.raises(ConfigError, match=f"files of this machine: {hub}; copy"):
+        prepared(asked("label", recipe, hub)).__enter__()
+
+
+def test_a_suite_or_phase_that_is_not_in_the_recipe_is_refused(recipe: Path) -> None:
+    suite = "eval.suites.coco={set: val}"
+    with prepared(asked("evaluate", recipe, suite, "--suite", "coco", "--phase", "student")):
+        pass
+    with pytest.raises(ConfigError, match="eval.suites has no 'nope'; it has: coco"):
+        prepared(asked("evaluate", recipe, suite, "--suite", "coco", "--suite", "nope")).__enter__()
+    with pytest.raises(ConfigError, match="phase 'nope' is not in the recipe"):
+        prepared(asked("evaluate", recipe, suite, "--phase", "nope")).__enter__()
 
 
 def test_secrets_do_not_travel_in_a_jobs_record(
@@ -175,9 +236,9 @@ def test_a_folder_here_is_not_taken_for_a_phase_there(
     for name in ("mymodel", "student", "teacher"):
         (tmp_path / name).mkdir()
     for key in ("train.init", "label.teacher"):
-        with pytest.raises(ConfigError, match="would name files of this machine: mymodel; copy"):
+        with pytest.raises(ConfigError, match=f"files of this machine: {key}=mymodel; copy"):
             prepared(asked("pretrain", recipe, "train.init=student", f"{key}=mymodel")).__enter__()
-    with pytest.raises(ConfigError, match="files of this machine: mymodel; copy"):
+    with pytest.raises(ConfigError, match="files of this machine: train.init=mymodel; copy"):
         words = ("--phase", "student", "train.init=mymodel")
         prepared(asked("pretrain", recipe, *words)).__enter__()
     with prepared(asked("pretrain", recipe, "train.init=student", "label.teacher=student")):
@@ -187,11 +248,11 @@ def test_a_folder_here_is_not_taken_for_a_phase_there(
         with prepared(asked("adapt", recipe, "train.init=", splits % f"'{template}'")):
             pass
     template = "data/dice_{shots}_{seed}"
-    with pytest.raises(ConfigError, match=f"name files of this machine: {template}; copy"):
+    with pytest.raises(ConfigError, match=f"machine: adapt.sets.dice.splits={template}; copy"):
         prepared(asked("adapt", recipe, "train.init=", splits % f"'{template}'")).__enter__()
     tree = yaml.safe_load(recipe.read_text())
     recipe.write_text(yaml.safe_dump(tree | {"phases": {"old": {"train": {"init": "mymodel"}}}}))
-    with pytest.raises(ConfigError, match="files of this machine: mymodel; copy"):
+    with pytest.raises(ConfigError, match="machine: phases.old.train.init=mymodel; copy"):
         prepared(asked("pretrain", recipe, "train.init=")).__enter__()
     with prepared(asked("pretrain", recipe, "train.init=", "phases={new: {}}")):
         pass  # what the command line replaces is not looked for

@@ -4,12 +4,17 @@ import copy
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import SMOKE, finish, smoke_recipe  # noqa: E402
+from commands import ROOT, SMOKE, smoke_recipe  # noqa: E402
+
+sys.path.insert(0, str(ROOT / "infra"))
+import label_quality  # noqa: E402
+import reproduce_toy  # noqa: E402
 
 from glipv2.jobs import label_plan  # noqa: E402
 from glipv2.jobs import run as main_job  # noqa: E402
@@ -107,23 +112,35 @@ def test_a_round_is_worth_it_while_labels_on_gold_get_better(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_rounds_of_the_main_job_and_again(tmp_path: Path) -> None:
-    whole = yaml.safe_load(SMOKE.read_text())
-    recipe = smoke_recipe(
-        tmp_path,
-        run_dir=str(tmp_path / "run"),
-        rounds=2,
-        label={**whole["label"], "calibration": "toy_calibration", "target_precision": 0.05},
-    )
-    said = finish("run", recipe, timeout=800)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    rounds = summary["rounds"]
+def test_two_rounds_of_the_main_job_their_tables_and_the_quality_of_their_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reproduce_toy, "SEEDS", (1,))
+    monkeypatch.chdir(ROOT)
+
+    def reproduce(**changes: Any) -> tuple[str, list[dict[str, Any]]]:
+        """What it says, and the rounds of its summary."""
+        label = {**yaml.safe_load(SMOKE.read_text())["label"], "calibration": "toy_calibration",
+                 "target_precision": 0.05}  # fmt: skip
+        recipe = smoke_recipe(tmp_path, rounds=2, label=label, **changes)
+        monkeypatch.setattr(sys, "argv", ["", "--recipe", str(recipe), "--out", str(tmp_path)])
+        assert reproduce_toy.main() == 0
+        summary = json.loads((tmp_path / "seed-1" / "summary.json").read_text())
+        return "".join(capfd.readouterr()), summary["rounds"]
+
+    said, rounds = reproduce()
     assert [found["student"] for found in rounds] == ["student", "student_2"]
     better = rounds[1]["gold"]["f1"] > rounds[0]["gold"]["f1"]
-    assert (tmp_path / "run" / "student_2" / "checkpoints").exists() == better
-    assert ("no round 2" in said) == (not better)
+    second = tmp_path / "seed-1" / "student_2" / "checkpoints"
+    assert second.exists() == better and ("no round 2" in said) == (not better)
     assert "round 2: labels on gold" in said
-    finish("run", recipe)
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == rounds
-    finish("run", recipe, "all_rounds=true")
-    assert (tmp_path / "run" / "student_2" / "checkpoints").exists()
+    assert "| 1 | student | 0." in said and "| 1 | 1 | unseen | " in said
+    assert reproduce()[1] == rounds
+    reproduce(all_rounds=True)
+    assert second.exists()
+
+    words = [str(tmp_path / "seed-1"), "--gold", "12", "--target", "0.05"]
+    monkeypatch.setattr(sys, "argv", ["", *words])
+    assert label_quality.main() == 0
+    assert "| teacher | all (from 0." in capfd.readouterr().out
+    assert json.loads((tmp_path / "seed-1/quality/gold/dataset.json").read_text())["samples"] == 12

@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
         return print_audit(arguments.overrides)
     if arguments.price and not arguments.dry_run:
         raise ConfigError("--price is for --dry-run, which says what the labelling would cost")
+    if arguments.gc and arguments.dry_run:
+        raise ConfigError("--gc removes files, --dry-run must touch none: give one of them")
     use_cluster(arguments.address)
     config = recipe_config(arguments, arguments.phase)
     if arguments.gc:

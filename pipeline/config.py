@@ -282,5 +282,6 @@ class RunConfig:
         return name if "/" in name else f"{self.data_root}/{name}"
 
     def run_url(self, name: str) -> str:
-        """Where the run `name` is: a phase of this run folder, unless it is a URL or a path."""
-        return name if "/" in name else f"{self.run_dir}/{name}"
+        """Where the run `name` is: a phase of this run folder, unless it is a URL, a path or a
+        teacher of transformers."""
+        return name if "/" in name or name.startswith("hf:") else f"{self.run_dir}/{name}"

@@ -119,6 +119,8 @@ def test_a_price_is_refused_where_nothing_is_estimated(config, tmp_path, capsys)
     config()
     assert main(["label", str(tmp_path / "recipe.yaml"), "--price", "2"]) == 2
     assert "--price is for --dry-run" in capsys.readouterr().err
+    assert main(["label", str(tmp_path / "recipe.yaml"), "--gc", "--dry-run"]) == 2
+    assert "--dry-run must touch none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

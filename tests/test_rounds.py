@@ -63,6 +63,8 @@ def test_sets_and_teacher_of_the_command_line_are_the_first_rounds(override: str
     second = config_from_tree(copy.deepcopy(TREE), overrides, "student_2")
     assert second.label.inputs == {"pairs": "mine_2"} and second.data.mixture == {"mine_2": 1}
     assert second.label.teacher == "runs/r/student"
+    first = config_from_tree(copy.deepcopy(TREE), ["label.teacher=hf:owlv2"], "student")
+    assert first.label.teacher == "hf:owlv2"
 
 
 def test_one_round_adds_nothing() -> None:

@@ -58,11 +58,9 @@ def print_quality(run: Path, model: str, target: float) -> None:
     found = score_labels(iterate_records(str(own / "labelled")), truth)
     threshold = storage.read_json(str(own / "labels" / "threshold.json"))["threshold"]
     for name, group in {f"all (from {threshold} on)": found, **found.by_group}.items():
-        print(  # noqa: T201
-            f"| {model} | {name} | {group.precision_at_50:.3f} | {group.recall_at_50:.3f} "
-            f"| {group.kept} |",
-            flush=True,
-        )
+        figures = (group.precision_at_50, group.recall_at_50)
+        cells = " | ".join("–" if value is None else f"{value:.3f}" for value in figures)
+        print(f"| {model} | {name} | {cells} | {group.kept} |", flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

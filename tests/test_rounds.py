@@ -20,6 +20,7 @@ from glipv2.jobs import label_plan  # noqa: E402
 from glipv2.jobs import run as main_job  # noqa: E402
 from glipv2.pipeline.config_loader import config_from_tree, dump_config  # noqa: E402
 from glipv2.pipeline.errors import ConfigError  # noqa: E402
+from glipv2.pipeline.shard_reader import open_shard_set  # noqa: E402
 
 TREE = {
     "run_dir": "runs/r",
@@ -145,4 +146,4 @@ def test_two_rounds_of_the_main_job_their_tables_and_the_quality_of_their_labels
     monkeypatch.setattr(sys, "argv", ["", *words])
     assert label_quality.main() == 0
     assert "| teacher | all (from 0." in capfd.readouterr().out
-    assert json.loads((tmp_path / "seed-1/quality/gold/dataset.json").read_text())["samples"] == 12
+    assert open_shard_set(str(tmp_path / "seed-1" / "quality" / "gold")).samples == 12

@@ -150,9 +150,8 @@ def test_every_command_is_run_or_marked_as_needing_a_cluster() -> None:
 
 @pytest.mark.parametrize("command", [c for c in shown_commands() if c.startswith("make ")])
 def test_what_make_would_start_is_there(command: str) -> None:
-    said = subprocess.run(
-        ["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True
-    )
+    words = ["make", "--no-print-directory", "--dry-run", *command.split()[1:]]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     *_, last = said.stdout.splitlines()
     files = [ROOT / word for word in last.split() if re.fullmatch(r"\S+\.(py|yaml)", word)]

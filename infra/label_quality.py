@@ -9,9 +9,11 @@ truth: precision and recall at IoU 0.5 of what captions mention.
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
+from reproduce_toy import quality_cells
 
 from glipv2.eval.labels import score_labels
 from glipv2.jobs.label import label
@@ -58,9 +60,7 @@ def print_quality(run: Path, model: str, target: float) -> None:
     found = score_labels(iterate_records(str(own / "labelled")), truth)
     threshold = storage.read_json(str(own / "labels" / "threshold.json"))["threshold"]
     for name, group in {f"all (from {threshold} on)": found, **found.by_group}.items():
-        figures = (group.precision_at_50, group.recall_at_50)
-        cells = " | ".join("–" if value is None else f"{value:.3f}" for value in figures)
-        print(f"| {model} | {name} | {cells} | {group.kept} |", flush=True)  # noqa: T201
+        print(f"| {model} | {quality_cells(name, asdict(group))}", flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

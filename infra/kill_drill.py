@@ -2,11 +2,13 @@
 
     python infra/kill_drill.py --kills 100 --out runs/kill_drill
 
-One run is left alone; another has a random rank killed (SIGKILL) again and again: while it loads,
-in a step, and between a checkpoint's first file and its commit. Nobody but its own launcher helps
-it. In the end losses, weights, stream position and the ledger of consumed samples must be the
-undisturbed run's, byte for byte, and each sample of the sets must have been used once in every
-epoch. Exit code 1 if anything differs, or if going on took longer than a minute.
+One run is left alone; another has a random rank killed (SIGKILL) again and again: while it starts,
+while it waits for data, in a forward or backward pass, in a collective, and between a checkpoint's
+first file and its commit. What a rank is doing is read from its stack while it is stopped (by
+py-spy, which Ray brings). Nobody but its own launcher helps the run. In the end losses, weights,
+stream position and the ledger of consumed samples must be the undisturbed run's, byte for byte, and
+each sample of the sets must have been used once in every epoch. Exit code 1 if anything differs, or
+if going on took longer than a minute.
 """
 
 import argparse
@@ -39,8 +41,16 @@ from glipv2.pipeline.shard_reader import open_shard_set, read_index
 
 ROOT = Path(__file__).parent.parent
 SETS = ("toy_detection", "toy_grounding")
-MOMENTS = ("loading", "step", "save")
-STEPS_PER_KILL, CHECKPOINT_EVERY = 4, 2
+MOMENTS = ("start-up", "loading", "forward", "backward", "collective", "save")
+FRAMES = {
+    "collective": "torch/distributed/distributed_c10d.py",
+    "loading": "pipeline/loader.py",
+    "forward": "DeepSpeedEngine.forward",
+    "backward": "_engine_run_backward",
+}
+"""What a training rank is in, by the first of these that its stack has."""
+TRAINING = "_train (pipeline/trainer.py"
+STEPS_PER_KILL, CHECKPOINT_EVERY = 8, 2
 LONGEST_WAIT = 600.0
 PROMISED = 60.0
 """Seconds from a kill to the first new step."""
@@ -50,8 +60,9 @@ PROMISED = 60.0
 class Kill:
     moment: str
     rank: int
-    at_step: int
-    resumed_from: int = -1
+    at_step: int = 0
+    at: float = 0.0
+    resumed_from: int = 0
     noticed: float = 0.0
     """Seconds until all ranks are being started again."""
     stepped: float = 0.0
@@ -105,43 +116,78 @@ def drill(recipe: Path, run: Path, count: int, draw: random.Random) -> list[Kill
     launcher = subprocess.Popen(command(recipe, run))
     kills: list[Kill] = []
     try:
-        while len(kills) < count and wait(launcher, lambda: len(ranks(launcher)) == 2):
-            kill = Kill(draw.choice(MOMENTS), draw.randrange(2), steps_made(run))
-            victims = ranks(launcher)
-            if not wait_for_moment(launcher, run, kill, draw) or kill.rank not in victims:
+        while len(kills) < count:
+            kill = Kill(draw.choice(MOMENTS), draw.randrange(2))
+            if kill.moment != "start-up" and not wait_for_step(launcher, run, kills):
                 break
-            if not hit(launcher, run, kill, victims[kill.rank]):
+            victim = wait_for_moment(launcher, run, kill, draw)
+            if not victim or not hit(launcher, run, kill, victim):
                 break
             kills.append(kill)
+        wait_for_step(launcher, run, kills)
         launcher.wait(LONGEST_WAIT)
     finally:
         launcher.kill()
     return kills
 
 
-def hit(launcher: "subprocess.Popen[bytes]", run: Path, kill: Kill, victim: int) -> bool:
-    """Kill a rank, wait for the restart and its first step, and note when they came."""
-    kill.at_step, known, began = steps_made(run), len(restarts_of(run)), time.time()
-    os.kill(victim, signal.SIGKILL)
-    if not wait(launcher, lambda: len(restarts_of(run)) > known):
-        return False
-    kill.resumed_from = restarts_of(run)[-1]["step"]
-    noticed = time.time()
-    went_on = wait(launcher, lambda: has_new_step(run, kill.resumed_from, noticed))
-    kill.noticed, kill.stepped = noticed - began, time.time() - began
-    return went_on or steps_made(run) > kill.resumed_from
+def wait_for_step(launcher: "subprocess.Popen[bytes]", run: Path, kills: list[Kill]) -> bool:
+    """Wait for a step made after the last kill, and note when it came for all that waited."""
+    last = kills[-1] if kills else Kill("", 0)
+    came = wait(launcher, lambda: has_new_step(run, last.resumed_from, last.at + last.noticed))
+    for kill in kills:
+        if not kill.stepped:
+            kill.stepped = time.time() - kill.at
+    return came
 
 
 def wait_for_moment(
     launcher: "subprocess.Popen[bytes]", run: Path, kill: Kill, draw: random.Random
-) -> bool:
-    if kill.moment == "loading":
-        return wait(launcher, lambda: True, at_least=draw.uniform(0, 5))
-    if kill.moment == "save":
-        since = time.time()
-        return wait(launcher, lambda: is_saving(run, since))
-    made = kill.at_step
-    return wait(launcher, lambda: steps_made(run) > made, at_least=draw.uniform(0, 1))
+) -> int:
+    """The process of the rank, stopped, at such a moment; 0 if the run ends before."""
+    if not wait(launcher, lambda: len(ranks(launcher)) == 2, draw.uniform(0, 0.3)):
+        return 0
+    if kill.moment == "start-up":
+        time.sleep(draw.uniform(0, 3))
+    since = time.time()
+    while wait(launcher, lambda: kill.moment != "save" or is_saving(run, since)):
+        victim = ranks(launcher).get(kill.rank, 0)
+        with suppress(ProcessLookupError):
+            if victim:
+                os.kill(victim, signal.SIGSTOP)
+                now = doing(victim)
+                if kill.moment in ("save", now):
+                    return victim
+                if kill.moment == "start-up":  # that is over
+                    kill.moment = "forward"
+                os.kill(victim, signal.SIGCONT)
+        time.sleep(draw.uniform(0, 0.02))
+    return 0
+
+
+def doing(process: int) -> str:
+    """What a stopped rank is in the middle of."""
+    spy = [Path(sys.executable).with_name("py-spy"), "dump", "--nonblocking", "--pid", str(process)]
+    return moment_of(subprocess.run(spy, capture_output=True, text=True).stdout)
+
+
+def moment_of(dump: str) -> str:
+    """By the stack of the main thread; "" in a step, but in none of its parts that are named."""
+    stack = dump.partition('"MainThread"')[2].partition("\nThread")[0]
+    if TRAINING not in stack:
+        return "start-up"
+    return next((moment for moment, frame in FRAMES.items() if frame in stack), "")
+
+
+def hit(launcher: "subprocess.Popen[bytes]", run: Path, kill: Kill, victim: int) -> bool:
+    """Kill a rank and wait until all are being started again."""
+    kill.at_step, known, kill.at = steps_made(run), len(restarts_of(run)), time.time()
+    os.kill(victim, signal.SIGKILL)
+    if not wait(launcher, lambda: len(restarts_of(run)) > known):
+        return False
+    kill.resumed_from = restarts_of(run)[-1]["step"]
+    kill.noticed = time.time() - kill.at
+    return True
 
 
 def wait(

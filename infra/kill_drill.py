@@ -100,7 +100,7 @@ def write_recipe(out: Path, steps: int) -> Path:
     tree["data"] |= {"root": str(out / "data"), "mixture": dict.fromkeys(SETS, 1)}
     tree["train"] |= {"steps": steps, "checkpoint_every": CHECKPOINT_EVERY}
     tree["log"] = {"samples": True}
-    tree["supervise"] = {"max_restarts": 20}  # kills while loading leave no progress
+    tree["supervise"] = {"max_restarts": 1000}  # many kills leave no progress
     path = out / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -145,7 +145,7 @@ def wait_for_moment(
     launcher: "subprocess.Popen[bytes]", run: Path, kill: Kill, draw: random.Random
 ) -> int:
     """The process of the rank, stopped, at such a moment; 0 if the run ends before."""
-    if not wait(launcher, lambda: len(ranks(launcher)) == 2, draw.uniform(0, 0.3)):
+    if not wait(launcher, lambda: len(ranks(launcher)) == 2, draw.uniform(0, 1)):
         return 0
     if kill.moment == "start-up":
         time.sleep(draw.uniform(0, 3))

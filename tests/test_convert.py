@@ -17,6 +17,7 @@ from glipv2.jobs.cli import main
 from glipv2.model.config import TINY, preset
 from glipv2.model.convert import glip_config, glip_constants
 from glipv2.model.glip import GLIPv2
+from glipv2.model.grounder import Grounder
 from glipv2.model.text_encoder import bert_config
 from glipv2.model.tokenizer import tiny_vocab
 from glipv2.pipeline.checkpoint import load_model
@@ -64,6 +65,9 @@ def test_a_glip_file_becomes_a_folder_and_the_same_file_again(
     wide_3HW[0, 2:10, 100:140] = 255
     caption = ("a red square", [[(2, 12)]])
     [found] = teacher.ground([teacher.prepare(wide_3HW)], [caption])
+    [direct] = Grounder(model, tokenizer).ground([wide_3HW], [caption])
+    assert torch.equal(found.boxes_K4, direct.boxes_K4)
+    assert torch.equal(found.scores_K, direct.scores_K)
     assert 0 < len(found.scores_K) <= 100 and torch.isfinite(found.scores_K).all()
     assert found.labels_K.unique().tolist() == [0] and found.names[0] == "red square"
     assert (found.boxes_K4 >= 0).all() and (found.boxes_K4 <= torch.tensor([400, 12] * 2)).all()

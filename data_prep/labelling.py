@@ -1,7 +1,12 @@
 """A shard of image-text pairs with the teacher's boxes: what a worker of `glipv2 label` makes.
 
-Windows of pairs are read and decoded in threads ahead of the teacher, which gets each sorted by
-text length so that its batches need little padding; the results have the input's order again.
+Windows of pairs are read and decoded, and their phrases found, in threads ahead of the teacher,
+which gets each sorted by text length and makes batches of one size; so they need little padding.
+The results have the input's order again.
+
+They are threads of the teacher's process, not workers of their own: pictures need not be copied
+from process to process then, and who decodes them lets go of the interpreter's lock. What that
+costs beyond the teacher is measured in infra/benchmarks/cpu.md.
 """
 
 import threading

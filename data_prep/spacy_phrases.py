@@ -8,9 +8,11 @@ import importlib.metadata
 import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from glipv2.data_prep.phrase_filters import Chunk, Word
+from glipv2.pipeline import storage
 from glipv2.pipeline.errors import ConfigError
 
 UNUSED_PARTS = ("ner", "lemmatizer", "textcat", "entity_linker")
@@ -41,8 +43,26 @@ def doc_chunks(doc: Any) -> Iterator[Chunk]:
 
 
 def spacy_version(model: str) -> str:
+    """Of spaCy, and of the model: one of the same name and version may have other weights."""
     meta = load_pipeline(model).meta
-    return f"spacy {importlib.metadata.version('spacy')}, {meta['name']} {meta['version']}"
+    files = model_digest(_model_folder(model))
+    return f"spacy {importlib.metadata.version('spacy')}, {meta['name']} {meta['version']} {files}"
+
+
+def model_digest(folder: Path) -> str:
+    """16 hex digits of the content of a model's files, wherever the folder lies."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return storage.digest(
+        {path.relative_to(folder).as_posix(): storage.file_crc32c(str(path)) for path in files}
+    )
+
+
+def _model_folder(model: str) -> Path:
+    """Where `spacy.load` finds it."""
+    import spacy
+
+    is_installed = spacy.util.is_package(model)
+    return Path(spacy.util.get_package_path(model) if is_installed else model)
 
 
 @functools.cache

@@ -219,7 +219,7 @@ class LabelConfig:
     """Of each worker, which read images and captions ahead of the teacher."""
     batch_size: int = 8
     window: int = 128
-    """Pairs that are sorted by size and text length to make batches of."""
+    """Pairs that are sorted by text length, and that the teacher makes batches of one size of."""
     phrases: PhraseConfig = field(default_factory=PhraseConfig)
 
     def __post_init__(self) -> None:

@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertModel
 
+from glipv2.data_prep.teachers import load_teacher
 from glipv2.jobs.cli import main
 from glipv2.model.config import TINY, preset
 from glipv2.model.convert import glip_config, glip_constants
 from glipv2.model.glip import GLIPv2
+from glipv2.model.grounder import Grounder
 from glipv2.model.text_encoder import bert_config
 from glipv2.model.tokenizer import tiny_vocab
 from glipv2.pipeline.checkpoint import load_model
@@ -57,6 +59,18 @@ def test_a_glip_file_becomes_a_folder_and_the_same_file_again(
     written = torch.load(again, weights_only=True)["model"]
     assert written.keys() == stored.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in stored.items())
+
+    teacher = load_teacher([folder])
+    wide_3HW = torch.zeros(3, 12, 400, dtype=torch.uint8)  # is scaled to few pixels
+    wide_3HW[0, 2:10, 100:140] = 255
+    caption = ("a red square", [[(2, 12)]])
+    [found] = teacher.ground([teacher.prepare(wide_3HW)], [caption])
+    [direct] = Grounder(model, tokenizer).ground([wide_3HW], [caption])
+    assert torch.equal(found.boxes_K4, direct.boxes_K4)
+    assert torch.equal(found.scores_K, direct.scores_K)
+    assert 0 < len(found.scores_K) <= 100 and torch.isfinite(found.scores_K).all()
+    assert found.labels_K.unique().tolist() == [0] and found.names[0] == "red square"
+    assert (found.boxes_K4 >= 0).all() and (found.boxes_K4 <= torch.tensor([400, 12] * 2)).all()
 
 
 def test_a_bare_file_of_halves_comes_back_bit_for_bit_from_a_run_a_step_and_a_plain_folder(

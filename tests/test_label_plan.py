@@ -219,6 +219,7 @@ def test_the_last_line_has_the_totals_of_the_whole_set_after_a_restart(config, t
     bar = capsys.readouterr().err
     done = PAIRS - PAIRS // SHARDS
     assert f"{done}/{PAIRS}" in bar and "starting a worker" in bar
+    assert re.search(rf"{PAIRS}/{PAIRS} \[[\d:]+<[\d:]+, +[\d.]+( pairs/s|s/ pairs), ", bar)
     assert f"{boxes / len(records):.1f} boxes per image" in bar.rpartition("\r")[2]
 
 
@@ -265,6 +266,12 @@ def test_the_threshold_that_is_chosen_on_gold_is_told_and_used(config, gold, tmp
     chosen = json.loads((tmp_path / "run" / "labels" / "threshold.json").read_text())
     threshold = chosen["threshold"]
     assert chosen["reached"] and 0.3 < threshold < 0.5
+    curve = [(p["threshold"], p["precision"], p["recall"], p["kept"]) for p in chosen["curve"]]
+    assert (threshold, chosen["precision"], chosen["recall"]) in [point[:3] for point in curve]
+    assert [point[0] for point in curve] == sorted({point[0] for point in curve})
+    assert all(precision < 0.8 for at, precision, *_ in curve if at < threshold)
+    kept = [point[3] for point in curve]
+    assert len(curve) > 20 and kept == sorted(kept, reverse=True) and kept[-1] < kept[0]
     told = f"threshold {threshold:.2f}: precision {chosen['precision']:.2f}, recall "
     assert said.startswith(told) and "on gold\n" in said and caplog.text == ""
     assert json.loads((tmp_path / "out" / "label.json").read_text())["score_threshold"] == threshold

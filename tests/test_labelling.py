@@ -28,6 +28,7 @@ from glipv2.model.image_input import Picture  # noqa: E402
 from glipv2.pipeline import shards  # noqa: E402
 from glipv2.pipeline.config import LabelConfig, PhraseConfig  # noqa: E402
 from glipv2.pipeline.errors import DataError, StoreError  # noqa: E402
+from glipv2.pipeline.images import decode_image  # noqa: E402
 from glipv2.pipeline.records import Record  # noqa: E402
 from glipv2.pipeline.shard_format import ShardSet  # noqa: E402
 
@@ -42,11 +43,15 @@ class Teacher:
 
     asked: list[list[str]] = field(default_factory=list)
     die_on: str = ""
+    die_of_shade: float = -100
+    """An image of about this red ends whoever prepares it."""
     fail_on: tuple[str, ...] = ()
     """Captions of which any error in `error` comes."""
     error: Exception = field(default_factory=lambda: RuntimeError("out of memory\nand more"))
 
     def prepare(self, image_3HW: Tensor) -> Picture:
+        if abs(float(image_3HW[0].float().mean()) - self.die_of_shade) < 0.9:
+            raise SystemExit("of an image")
         return Picture(pixels_3HW=image_3HW, own_size=tuple(image_3HW.shape[1:]))  # type: ignore[arg-type]
 
     def ground(
@@ -154,14 +159,19 @@ def test_images_without_a_box_are_kept_where_that_is_wanted(pairs: ShardSet) -> 
     assert tally.counts["no_phrase"] == 6
 
 
-def test_a_killing_pair_is_found_by_its_notes_and_left_out(pairs: ShardSet) -> None:
+@pytest.mark.parametrize("where", ["teacher", "decoding thread"])
+def test_a_killing_pair_is_found_by_its_notes_and_left_out(pairs: ShardSet, where: str) -> None:
     """The dialogue of worker and driver, with an exception in place of the death."""
     poison, kills, task = 30, 0, ShardTask(number=0)
     usual = labelled(pairs)[0]
-    deadly = next(r.caption for r in usual if r.key == f"key{poison:04d}")
+    deadly = next(r for r in usual if r.key == f"key{poison:04d}")
+    if where == "teacher":
+        teacher = Teacher(die_on=deadly.caption)
+    else:
+        teacher = Teacher(die_of_shade=float(decode_image(deadly.image)[0].float().mean()))
     while True:
         notes, tally = list[InHand](), Tally()
-        labeller = labeller_of(pairs, Teacher(die_on=deadly), notes)
+        labeller = labeller_of(pairs, teacher, notes)
         try:
             records = list(labeller.records(task, tally))
             break

@@ -2,6 +2,7 @@ import importlib.metadata
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from bench_phrases import SAMPLES, agreement, alt_texts, flickr30k_sentences, ma
 from glipv2.data_prep import noun_phrases
 from glipv2.data_prep.phrase_filters import find_phrases
 from glipv2.data_prep.phrases import load_parser, parser_version
-from glipv2.data_prep.spacy_phrases import doc_chunks
+from glipv2.data_prep.spacy_phrases import doc_chunks, model_digest
 from glipv2.pipeline.config import PhraseConfig
 from glipv2.pipeline.config_loader import config_from_tree
 from glipv2.pipeline.errors import ConfigError
@@ -256,3 +257,43 @@ def test_an_installed_model_of_spacy_finds_phrases_in_any_text():
         for phrase in find(caption).phrases:
             assert caption[phrase.start : phrase.end] == phrase.text
     assert models[0].removeprefix("en_") in parser_version(rules)
+
+
+def test_a_models_digest_is_that_of_its_files_wherever_they_lie(tmp_path):
+    model = tmp_path / "model"
+    (model / "parser").mkdir(parents=True)
+    (model / "meta.json").write_text('{"name": "core", "version": "1.0"}')
+    (model / "parser" / "model").write_bytes(b"weights")
+    digest = model_digest(model)
+    (model / "__init__.pyc").write_bytes(b"of one machine")
+    shutil.copytree(model, tmp_path / "copy")
+    assert model_digest(tmp_path / "copy") == digest
+    (tmp_path / "copy" / "parser" / "model").write_bytes(b"Weights")
+    assert model_digest(tmp_path / "copy") != digest
+    (model / "parser" / "model").rename(model / "model")
+    assert model_digest(model) != digest
+
+
+def save_spacy_model(folder, seed):
+    """A pipeline that knows the parts of one sentence, with random weights."""
+    spacy = pytest.importorskip("spacy")
+    spacy.util.fix_random_seed(seed)
+    pipeline = spacy.blank("en", meta={"name": "core", "version": "1.0"})
+    for part in ("tagger", "morphologizer", "parser"):
+        pipeline.add_pipe(part)
+    gold = {"words": ["a", "dog", "runs"], "tags": ["DT", "NN", "VBZ"],
+            "pos": ["DET", "NOUN", "VERB"], "heads": [1, 2, 2],
+            "deps": ["det", "nsubj", "ROOT"]}  # fmt: skip
+    example = spacy.training.Example.from_dict(pipeline.make_doc("a dog runs"), gold)
+    pipeline.initialize(lambda: [example])
+    pipeline.to_disk(folder)
+    return replace(RULES, parser=f"spacy:{folder}")
+
+
+def test_models_of_spacy_with_one_name_and_other_weights_are_told_apart(tmp_path):
+    first = parser_version(save_spacy_model(tmp_path / "first", seed=1))
+    assert ", core 1.0 " in first
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    assert parser_version(replace(RULES, parser=f"spacy:{tmp_path / 'copy'}")) == first
+    second = parser_version(save_spacy_model(tmp_path / "second", seed=2))
+    assert second.rpartition(" ")[0] == first.rpartition(" ")[0] and second != first

@@ -73,3 +73,10 @@ def test_no_label_is_as_sure_as_what_people_drew() -> None:
     found = [((20.0 * n, 0, 20 * n + 10, 10), s, 0) for n, s in enumerate((1.0, 0.99996, 0.9998))]
     assert [score for _, score in selected(*found)] == [SUREST, SUREST, 0.9998]
     assert SUREST < 1
+
+
+@pytest.mark.parametrize("nms", [0.6, 1])
+def test_only_boxes_of_the_threshold_or_more_are_labels(nms: float) -> None:
+    scores = (0.9, 0.4999, 0.5, 0.02)
+    found = [((20.0 * n, 0, 20 * n + 10, 10), score, n % 2) for n, score in enumerate(scores)]
+    assert selected(*found, nms=nms) == [("cat", 0.9), ("cat", 0.5)]

@@ -178,6 +178,32 @@ def test_the_pool_grows_while_items_wait_and_never_past_its_most(tmp_path: Path)
     assert max(n for _, n in map_on_ray(make, [1] * 6, num_actors=1)) == 1  # type: ignore[arg-type]
 
 
+def make_last(folder: str) -> Callable[[str], int]:
+    """A worker whose long item ends only when the worker of the short one is gone."""
+    here = Path(folder)
+
+    def until(holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not holds():
+            assert time.monotonic() < deadline, os.listdir(folder)
+            time.sleep(0.02)
+
+    def work(item: str) -> int:
+        (here / item).write_text(str(os.getpid()))
+        until(lambda: (here / "long").exists() and (here / "short").exists())
+        if item == "long":
+            until(lambda: not Path("/proc", (here / "short").read_text() or "self").exists())
+        return os.getpid()
+
+    return work
+
+
+def test_the_pool_shrinks_while_the_last_item_is_at_work(tmp_path: Path) -> None:
+    pool = map_on_ray(ship(make_last, tmp_path), ["long", "short"], num_actors=2, min_actors=2)  # type: ignore[arg-type]
+    done = dict(pool)
+    assert list(done) == ["short", "long"] and len(set(done.values())) == 2
+
+
 def test_two_actors_of_half_a_gpu_share_one_and_no_third_does(tmp_path: Path) -> None:
     share = {"num_actors": 3, "min_actors": 3, "gpus_per_actor": 0.5, "cpus_per_actor": 0.1}
     done = [n for _, n in map_on_ray(ship(make_crowded, tmp_path), [2] * 4, **share)]  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from glipv2.jobs.cli import parse
 from glipv2.model.adaptation import set_trainable
 from glipv2.model.config import preset
 from glipv2.model.glip import build_model
-from glipv2.pipeline.config import RunConfig
+from glipv2.pipeline.config import LabelConfig, RunConfig
 from glipv2.pipeline.config_loader import load_config
 from glipv2.pipeline.optim import build_optimizer
 from glipv2.pipeline.train_config import TrainConfig
@@ -179,6 +179,33 @@ def test_rates_of_vqa_are_fibers_multiples() -> None:
             part, 5
         )
         assert rates[id(parameter)] == pytest.approx(2e-5 * factor), name
+
+
+# Facts F: who labels, and which pairs.
+LABELLING = {
+    "label_glip_cap4m": ("glip_t_c", "cap4m"),
+    "label_glip_cap24m": ("glip_l", "cap24m"),
+    "label_glipv2_cc15m": ("glip_l", "cc15m"),
+}
+
+
+@pytest.mark.parametrize("name", LABELLING)
+def test_labelling_has_the_published_rules(name: str) -> None:
+    teacher, pairs = LABELLING[name]
+    rules = load(name).label
+    assert rules.teacher == f"s3://BUCKET/models/{teacher}" and rules.ensemble == ()
+    assert rules.inputs == {f"s3://BUCKET/{pairs}": f"s3://BUCKET/{pairs}-grounded"}
+    assert (rules.score_threshold, rules.calibration) == (0.5, "")  # confidence above 0.5
+    assert rules.cross_phrase_nms == 1  # NMS off
+    assert rules.max_boxes == 100  # all that a model gives
+    assert not rules.keep_empty  # one box at least
+    assert not rules.phrases.stop  # no phrase black list is described
+    assert load(name).rounds == 1
+
+
+def test_every_recipe_of_a_labelling_is_checked_and_the_threshold_is_glips_without_one() -> None:
+    assert set(LABELLING) == {name for name in RECIPES if name.startswith("label_")}
+    assert LabelConfig().score_threshold == 0.5
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

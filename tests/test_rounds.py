@@ -113,6 +113,40 @@ def test_a_round_is_worth_it_while_labels_on_gold_get_better(
     assert list(judged) == ["student", "student_2", "student_3"][: len(qualities)]
 
 
+@pytest.mark.parametrize("all_rounds", [False, True])
+def test_no_student_is_labelled_for_or_trained_after_labels_got_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    all_rounds: bool,
+) -> None:  # fmt: skip
+    tree = {**copy.deepcopy(TREE), "run_dir": str(tmp_path), "rounds": 4, "all_rounds": all_rounds}
+    config = config_from_tree(copy.deepcopy(tree), [])
+    phases = {name: config_from_tree(copy.deepcopy(tree), [], name) for name in config.phases}
+    teachers = [config.label.teacher, *(phases[f"student_{n}"].label.teacher for n in (2, 3, 4))]
+    f1 = dict(zip(teachers, (0.7, 0.8, 0.79, 0.9), strict=True))  # the last is never asked for
+    monkeypatch.setattr(label_plan, "gold_quality", lambda own: {"f1": f1[own.label.teacher]})
+    trained, labelled = list[str](), list[str]()
+    for stage, does in {
+        "prepare.prepare_recipe": lambda _: None,
+        "pretrain.pretrain": lambda own, _: trained.append(Path(own.run_dir).name),
+        "label.label": lambda own: labelled.extend(own.label.inputs.values()),
+        "evaluate_main.all_models": lambda _: [],
+        "evaluate.evaluate": lambda *_: None,
+        "summary.summarise": lambda _: {"models": 1},
+        "report.write_report": lambda _: None,
+    }.items():
+        monkeypatch.setattr(f"glipv2.jobs.{stage}", does)
+    assert main_job.main_job(config, phases) == {"models": 1}
+    later = ["student_3", "student_4"] if all_rounds else []
+    assert trained == ["teacher", "student", "student_2", *later, "control"]
+    assert labelled == ["grounded", "grounded_2", "grounded_3", "grounded_4"][: 2 + len(later)]
+    timed = {path.stem for path in (tmp_path / "seconds").iterdir()}
+    assert timed & {"label_student_2", "label_student_3"} == {
+        "label_student_2", *(f"label_{name}" for name in later[:1])
+    }  # fmt: skip
+    assert ("all the same, round 3" if all_rounds else "no round 3") in caplog.text
+    assert list(json.loads((tmp_path / "rounds.json").read_text()))[2:] == (later or ["student_3"])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_rounds_of_the_main_job_their_tables_and_the_quality_of_their_labels(

@@ -11,8 +11,9 @@ from PIL import Image
 
 from glipv2.pipeline import lanes, shards, storage
 from glipv2.pipeline.errors import BadSample, ConfigError, DataError
+from glipv2.pipeline.negatives import Negatives, caption_text
 from glipv2.pipeline.quarantine import Quarantine
-from glipv2.pipeline.records import Record
+from glipv2.pipeline.records import Record, Region
 from glipv2.pipeline.stream import Position, Stream, StreamConfig, merge_positions
 
 CONFIG = StreamConfig(seed=5, global_batch=8, lanes=4, unit_samples=4)
@@ -206,6 +207,29 @@ def test_neighbours_are_captions_of_other_samples_of_the_same_source(two_sets):
         for slot in batch:
             assert slot.neighbours
             assert slot.record.caption not in slot.neighbours
+
+
+def test_captions_without_any_box_are_neighbours_of_others_as_well():
+    """What a labelling keeps with `label.keep_empty`."""
+    box = Region(box=(1, 1, 5, 5), spans=((0, 7),), score=0.7)
+    url = f"memory://{uuid.uuid4().hex}"
+    records = [
+        replace(record("web", n), task="grounding", regions=(box,) * (n % 4 == 0))
+        for n in range(32)
+    ]
+    made = shards.write_shard_set(url, records, (), {}, samples_per_shard=16)
+    stream = make_stream({"web": made}, config=LENIENT)
+    empty = {r.caption for r in records if not r.regions}
+    rules = Negatives(max_categories=1, full_share=1.0, packing=1.0, max_captions=3)
+    packed = set[str]()
+    for batch, _ in itertools.islice(stream.batches(stream.start()), 8):
+        for slot in batch:
+            assert empty & set(slot.neighbours)
+            if not slot.record.regions:
+                continue
+            made_text = caption_text(slot.record, slot.neighbours, len, 60, rules, slot.rng)
+            packed.update(c for c in empty if f"{c}." in f"{made_text.prompt.text}.")
+    assert packed
 
 
 def test_opening_a_position_costs_the_same_at_any_step(two_sets, monkeypatch):

@@ -104,13 +104,15 @@ def agreed_attempt(store: dist.Store, rank: int, world_size: int) -> str:
         time.sleep(LOOK)
 
 
-def mean_over_ranks(value: Tensor) -> Tensor:
+def mean_over_ranks(value: Tensor, ends_own_part: bool = True) -> Tensor:
     """Average a tensor over ranks, without gradient; every rank must call it."""
     total = value.detach().clone()
     _reach_collective()
     if world_size() > 1:
         dist.all_reduce(total)
         total /= world_size()
+    if not ends_own_part:
+        _go_on_with_own_part()
     return total
 
 
@@ -161,17 +163,31 @@ def begin_own_part() -> None:
 
 
 def own_part() -> float:
-    """Seconds from `begin_own_part` to the first collective after it."""
+    """Seconds from `begin_own_part` to the first collective that ends it, without the waiting in
+    those that don't."""
     _reach_collective()
     began, ended = _own_part
+    _own_part.clear()
     return ended - began
 
 
 def _reach_collective() -> None:
     if len(_own_part) == 1:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        _own_part.append(time.monotonic())
+        _own_part.append(_all_done())
+
+
+def _go_on_with_own_part() -> None:
+    """As if the collective had taken no time."""
+    if len(_own_part) == 2:
+        began, ended = _own_part
+        _own_part[:] = [began + _all_done() - ended]
+
+
+def _all_done() -> float:
+    """The moment at which the device has done all that it was told to."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 def barrier() -> None:

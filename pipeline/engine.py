@@ -175,7 +175,7 @@ def train_step(
     set_rates(engine.optimizer, step, train)
     if len(micro_batches) > 1:
         counts = torch.stack([engine.module.counts(batch) for batch in micro_batches])
-        step_counts = dist.mean_over_ranks(counts.mean(dim=0))
+        step_counts = dist.mean_over_ranks(counts.mean(dim=0), ends_own_part=False)
         collectives = replace(collectives, step_counts=step_counts)
     taken: list[Tensor] = []
     for number, batch in enumerate(micro_batches, start=1):

@@ -12,9 +12,10 @@ from glipv2.pipeline.errors import ConfigError
 
 CONFIG = "config.yaml"
 MAY_CHANGE = {
-    "data.root", "data.workers", "data.max_bad_share", "train.steps", "train.processes",
-    "train.threads", "train.zero_stage", "train.accumulation", "train.checkpoint_activations",
-    "train.offload", "train.compile", "train.checkpoint_every", "train.keep_checkpoints",
+    "data.root", "data.cache", "data.cache_gb", "data.workers", "data.max_bad_share", "train.steps",
+    "train.processes", "train.threads", "train.zero_stage", "train.accumulation",
+    "train.checkpoint_activations", "train.offload", "train.compile", "train.checkpoint_every",
+    "train.keep_checkpoints",
 }  # fmt: skip
 """Settings that a run may be resumed with in another value."""
 

@@ -1,8 +1,9 @@
 """Which rank the others wait for.
 
 Of a step, a rank's own part is the time until it reaches the step's first collective: its batch and
-its forward pass. What follows is waiting as well, so it says nothing. Under ZeRO 3 the forward pass
-itself waits, and stragglers go unseen.
+its forward pass. What follows is waiting as well, so it says nothing. With several micro-batches
+their counts are averaged before any pass: that ends no own part, and the waiting there is none of
+it. Under ZeRO 3 the forward pass itself waits, and stragglers go unseen.
 """
 
 import logging

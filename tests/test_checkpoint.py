@@ -1,5 +1,8 @@
 """Checkpoints exist when they are committed and whole, and not before."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from glipv2.model.folders import step_url
@@ -16,7 +19,10 @@ from glipv2.pipeline.checkpoint import (
     verify,
     write_folder,
 )
+from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.launch import launch_ranks
+from glipv2.pipeline.train_config import SuperviseConfig, TrainConfig
 
 FILES = {"model.safetensors": b"weights", "trainer.json": b"{}"}
 
@@ -78,6 +84,41 @@ def test_an_altered_truncated_or_missing_file_makes_the_step_before_the_newest(
     [problem] = verify(open_checkpoint(url))
     assert "step-000200/model.safetensors" in problem
     assert newest(run_dir) == (good, FILES)
+
+
+TWO_RANKS = """
+import pathlib, sys
+import torch
+from glipv2.pipeline import dist
+from glipv2.pipeline.resume import checkpoint_to_resume
+torch.distributed.init_process_group("gloo")
+for run in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    step = checkpoint_to_resume(str(run), []).step
+    (run / f"rank-{dist.rank()}").write_text(str(step))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_what_one_rank_finds_damaged_both_pass_over(tmp_path: Path) -> None:
+    """Each verifies a part of the files."""
+    files = {f"state-0badcafe-{rank:05d}.safetensors": b"moments" for rank in (0, 1)}
+    files |= {"model.safetensors": b"weights", "trainer.json": b'{"skips": 0}'}
+    for victim in files:
+        for step in (100, 200):
+            url = save_checkpoint(str(tmp_path / victim), step, files)
+        flipped = bytearray(files[victim])
+        flipped[3] ^= 1
+        Path(url, victim).write_bytes(flipped)
+    config = RunConfig(
+        run_dir=str(tmp_path),
+        train=TrainConfig(processes=2, global_batch=2),
+        supervise=SuperviseConfig(max_restarts=0),
+    )
+    launch_ranks([sys.executable, "-c", TWO_RANKS, str(tmp_path)], config)
+    for victim in files:
+        resumed = [(tmp_path / victim / f"rank-{rank}").read_text() for rank in (0, 1)]
+        assert resumed == ["100", "100"], victim
+        assert committed_steps(str(tmp_path / victim)) == [100]
 
 
 @pytest.mark.parametrize("record", [b"", b'{"step": 200, "fi'])

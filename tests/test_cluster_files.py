@@ -222,3 +222,9 @@ def test_the_image_is_built_from_what_is_there() -> None:
     kept = [line[1:] for line in (root / ".dockerignore").read_text().splitlines()
             if line.startswith("!")]  # fmt: skip
     assert all((root / path).exists() for path in kept) and "requirements.lock" in kept
+
+
+def test_the_hostfile_is_one_that_deepspeed_reads() -> None:
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    assert fetch_hostfile(str(CLUSTER / "hostfile")) == {"node-1": 8, "node-2": 8}

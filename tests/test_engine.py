@@ -53,6 +53,15 @@ def test_a_state_saved_by_two_zero2_ranks_resumes_bit_for_bit_and_fits_any_stage
         assert_refused(run)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (3, 0)])
+def test_a_state_of_one_stage_resumes_at_another(tmp_path: Path, before: int, after: int) -> None:
+    saved = run_worker(2, tmp_path, zero_stage=before)
+    other = run_worker(2, tmp_path, zero_stage=after)
+    assert other["resumed"] == pytest.approx(saved["resumed"], rel=1e-6)
+    assert_refused(other)
+
+
 def assert_refused(run: dict[str, Any]) -> None:
     """The workers poison two steps before they go on: a loss, and a gradient behind a loss. Their
     last step has a gradient of nothing but zeros, which is as good as any other."""

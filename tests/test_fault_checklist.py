@@ -19,6 +19,8 @@ SAVER = "test_saver.py"
 LEASE = "test_lease.py"
 LOADER = "test_loader.py"
 CACHE = "test_cache.py"
+HANGS = "test_hangs.py"
+LABEL_PLAN = "test_label_plan.py"
 BIT_FOR_BIT = (
     f"{KILL}::test_killed_stopped_and_hanging_it_ends_with_the_same_losses_and_weights_bit_for_bit"
 )
@@ -49,7 +51,8 @@ CHECKLIST = {
         ],
         "under other launchers": [
             f"{LAUNCHERS}::test_torchrun_starts_dead_ranks_again_and_passes_on_that_it_is_told_to_stop",
-            f"{LAUNCHERS}::test_deepspeeds_launcher_does_too",
+            f"{LAUNCHERS}::test_deepspeeds_launcher_ends_with_a_killed_rank_and_the_same_command_"
+            "goes_on",
             f"{LAUNCHERS}::test_ray_train_starts_dead_workers_again",
         ],
         "again and again": [f"{LAUNCH}::test_a_crash_loop_ends_and_says_where_to_look"],
@@ -60,6 +63,7 @@ CHECKLIST = {
         ],
         "a file that never comes": [
             f"{SAVER}::test_without_the_file_of_every_rank_there_is_no_checkpoint",
+            f"{SAVER}::test_without_the_model_file_there_is_no_checkpoint",
             f"{CHECKPOINT}::test_a_save_that_was_cut_off_before_its_commit_does_not_exist",
         ],
         "leftovers": [
@@ -118,7 +122,15 @@ CHECKLIST = {
     },
     "9 a rank hangs: noticed by the clock of its section, stacks of all ranks, then as killed": {
         "stopped": [BIT_FOR_BIT, f"{LAUNCH}::test_a_single_rank_that_was_stopped_is_continued"],
-        "by section": [f"{WATCH}::test_what_hangs_leaves_its_stacks_and_ends"],
+        "by section": [
+            f"{WATCH}::test_what_hangs_leaves_its_stacks_and_ends",
+            f"{WATCH}::test_ranks_that_never_find_each_other_end_with_their_stacks",
+        ],
+        "in a save, beside training, and while loading": [
+            f"{HANGS}::test_a_rank_that_stops_in_a_save",
+            f"{HANGS}::test_a_rank_whose_write_hangs_beside_training_leaves_its_own_stacks",
+            f"{HANGS}::test_a_process_that_loads_data_and_stops",
+        ],
         "in code that holds Python's lock": [
             f"{WATCH}::test_c_code_that_keeps_pythons_lock_is_ended_as_well",
         ],
@@ -151,6 +163,9 @@ CHECKLIST = {
     "14 a damaged checkpoint: found before a weight changes, the file named, the one before used": {
         "a byte, a cut, a missing file": [DAMAGED],
         "in a run": [f"{SAVER}::test_a_damaged_step_is_passed_over_and_can_be_saved_again"],
+        "of one rank": [
+            f"{CHECKPOINT}::test_what_one_rank_finds_damaged_both_pass_over",
+        ],
         "its head": ["test_state_file.py::test_a_damaged_header_is_named"],
     },
     "15 uneven data: nobody hangs, equal steps on all ranks, every sample comes": {
@@ -184,6 +199,7 @@ CHECKLIST = {
     "18 saves that were cut off do not count as kept": {
         "several in a row": [
             f"{CHECKPOINT}::test_pruning_keeps_the_newest_and_counts_only_committed_ones",
+            f"{SAVER}::test_of_five_saves_the_newest_that_are_to_be_kept_are_left",
         ],
     },
     "20 loader processes are killed: batches in order, each sample once, no shared memory left": {
@@ -199,11 +215,19 @@ CHECKLIST = {
     },
     "22 settings, data or teacher changed between two starts: refused with what differs": {
         "settings": [ANOTHER_RUN],
+        "those of speed, length and place": [
+            "test_run_settings.py::test_speed_length_and_place_may_change_one_by_one_and_all_together",
+        ],
         "data": [
             f"{STREAM}::test_a_position_of_another_sequence_is_refused_and_the_change_is_named"
         ],
         "of labels": [
             "test_label_kills.py::test_other_settings_for_the_same_set_are_refused_by_name"
+        ],
+        "teacher or parser": [
+            f"{LABEL_PLAN}::test_a_machine_with_another_teacher_or_parser_labels_nothing",
+            f"{LABEL_PLAN}::"
+            "test_an_ensemble_of_foreign_teachers_labels_with_a_threshold_of_its_own",
         ],
     },
     "23 a loss spike: back to before, a stretch skipped, and the run replays": {

@@ -1,5 +1,6 @@
 """Steps that are left out, and losses that jump: what is kept, when it ends, what replays."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -48,13 +49,21 @@ def test_a_step_left_out_keeps_its_batch_and_too_many_in_a_hundred_end_the_run(
     tmp_path: Path,
 ) -> None:
     own = Health(str(tmp_path), LIMITS, [])
+    whole = dataclasses.replace(
+        batch(),
+        masks_BNSS=torch.ones(1, 1, 2, 2, dtype=torch.uint8),
+        answers_BV=torch.tensor([[0.3, 1.0]]),
+    )
     for step in (3, 60, 103):  # the first is a hundred steps back by the third
-        own.leave_out(step, [batch()], NonFiniteLossError(f"step {step}: loss is nan"))
+        own.leave_out(step, [whole], NonFiniteLossError(f"step {step}: loss is nan"))
     [kept, *_] = sorted((tmp_path / "left_out").iterdir())
     with safe_open(kept, "pt") as file:
         assert json.loads(file.metadata()["keys"]) == ["gold/é"]
         assert file.metadata()["reason"] == "step 3: loss is nan"
-        assert torch.equal(file.get_tensor("images_B3HW"), batch().images_B3HW)
+        tensors = {name: t for name, t in vars(whole).items() if isinstance(t, torch.Tensor)}
+        assert set(file.keys()) == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(file.get_tensor(name), tensor), name
     with pytest.raises(NonFiniteLossError, match=r"nan\. That makes 3 of the last 100 steps"):
         own.leave_out(104, [batch()], NonFiniteLossError("step 104: loss is nan"))
 

@@ -184,15 +184,25 @@ def test_ranks_whose_clocks_disagree_make_one_run(
     assert len(list((run / "tensorboard").iterdir())) == 1
 
 
-def test_deepspeeds_launcher_does_too(recipe: Path, folder: Path, expected: bytes) -> None:
-    hosts = folder / "hostfile"
+def test_deepspeeds_launcher_ends_with_a_killed_rank_and_the_same_command_goes_on(
+    recipe: Path, folder: Path, expected: bytes
+) -> None:
+    run, hosts = folder / "deepspeed", folder / "hostfile"
     hosts.write_text("127.0.0.1 slots=2\n")
     launcher = [
         "deepspeed.launcher.runner", f"--hostfile={hosts}", "--no_ssh", "--node_rank=0",
         "--master_addr=127.0.0.1", "--no_local_rank", "--module",
     ]  # fmt: skip
-    ended(by(launcher, recipe, f"run_dir={folder / 'deepspeed'}"))
-    assert (folder / "deepspeed" / "losses.jsonl").read_bytes() == expected
+    process = by(launcher, recipe, f"run_dir={run}")
+    wait_for(process, lambda: made(run) >= 4)
+    victim = rank_process(process.pid, 1)
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode != 0
+    assert 3 <= committed_steps(str(run))[-1] <= made(run) < STEPS
+    ended(by(launcher, recipe, f"run_dir={run}"))
+    assert (run / "losses.jsonl").read_bytes() == expected
 
 
 def test_ray_train_starts_dead_workers_again(recipe: Path, folder: Path, expected: bytes) -> None:

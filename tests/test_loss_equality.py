@@ -101,7 +101,7 @@ def largest_differences(
         accumulation: plain_loop(
             folder, steps, dataclasses.replace(worker.TRAIN, accumulation=accumulation)
         )
-        for accumulation in (1, 4)
+        for accumulation in {changes["accumulation"] for changes in settings}
     }
     assert all(losses[0] != pytest.approx(losses[-1], rel=1e-2) for losses in plain.values())
     return {
@@ -116,6 +116,28 @@ def largest_differences(
 def test_six_steps_of_the_engine_are_those_of_a_plain_loop(folder: str) -> None:
     for setting, difference in largest_differences(folder, 6, FEW).items():
         assert difference < 1e-5, setting
+
+
+def assert_bf16_stays_near_fp32(folder: str, stages: tuple[int, ...]) -> None:
+    """At rates so high that six steps change the loss by far more than the precision does, and that
+    the first one is above what a weight of 16 bits resolves."""
+    rates = dict.fromkeys(("learning_rate", "head_learning_rate", "text_learning_rate"), 3e-4)
+    full = {**rates, "weight_decay": 0.0, "warmup_steps": 0, "zero_stage": 0}
+    settings = [full, *({**full, "precision": "bf16", "zero_stage": stage} for stage in stages)]
+    expected, *found = engine_losses(folder, 6, settings)
+    assert expected[-1] < 0.8 * expected[0]  # 0.9 at the rates of the other tests
+    for losses in found:
+        assert losses == pytest.approx(expected, rel=3e-2)
+        assert losses != pytest.approx(expected, rel=1e-6)
+
+
+def test_six_steps_in_bf16_stay_near_those_in_fp32(folder: str) -> None:
+    assert_bf16_stays_near_fp32(folder, (0, 1))
+
+
+@pytest.mark.slow
+def test_six_steps_in_bf16_stay_near_those_in_fp32_where_gradients_are_cut_up(folder: str) -> None:
+    assert_bf16_stays_near_fp32(folder, (2, 3))
 
 
 @pytest.mark.slow

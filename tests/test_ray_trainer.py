@@ -3,11 +3,13 @@
 The slow ones run Ray's own processes for two nodes on this machine.
 """
 
+import errno
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +18,18 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 from commands import ROOT, finish, small_training, start, wait_for  # noqa: E402
 
+from glipv2.jobs.cli import CAN_BE_RUN_AGAIN, main  # noqa: E402
 from glipv2.jobs.pretrain import check_ranks  # noqa: E402
-from glipv2.pipeline.checkpoint import committed_steps  # noqa: E402
+from glipv2.model.folders import step_url  # noqa: E402
+from glipv2.pipeline import ray_trainer, trainer  # noqa: E402
+from glipv2.pipeline.checkpoint import committed_steps, write_folder  # noqa: E402
 from glipv2.pipeline.config import DataConfig, RunConfig  # noqa: E402
-from glipv2.pipeline.errors import ConfigError  # noqa: E402
+from glipv2.pipeline.errors import DISK_FULL, ConfigError, DataError  # noqa: E402
 from glipv2.pipeline.ray_trainer import scaling_policy, world_sizes  # noqa: E402
 from glipv2.pipeline.runlog import read_losses  # noqa: E402
 from glipv2.pipeline.train_config import SuperviseConfig, TrainConfig  # noqa: E402
+
+Train = Callable[[Callable[[RunConfig], None]], int]
 
 
 def config(processes: int, least: int, lanes: int = 0, **train: Any) -> RunConfig:
@@ -69,6 +76,90 @@ def test_with_nodes_missing_so_many_ranks_start_as_fit(nodes: list[int], ranks: 
     policy = scaling_policy(scaling, world_sizes(config(32, 16)))
     reserved = {str(n): {"CPU": 96.0, "GPU": float(gpus)} for n, gpus in enumerate(nodes)}
     assert policy._count_possible_workers(reserved) == ranks
+
+
+class Here:
+    """An actor, in this process."""
+
+    def __init__(self, of: type) -> None:
+        self.held = of()
+
+    def __getattr__(self, method: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=getattr(self.held, method))
+
+
+class Job:
+    """A rank of ours, tried as often as Ray Train would."""
+
+    def __init__(self, config: RunConfig, ends: Here, folder: str) -> None:
+        self.rank = {"config": config, "ends": ends, "folder": folder}
+        self.tries = config.supervise.max_restarts + 1
+
+    def fit(self) -> None:
+        from ray.train import WorkerGroupError
+
+        for _ in range(self.tries):
+            try:
+                return ray_trainer._rank(self.rank)
+            except Exception as error:
+                failure = error
+        raise WorkerGroupError(str(failure), {1: failure})
+
+
+@pytest.fixture
+def trained(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Exit code of a pretraining on Ray whose ranks do what they are given."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(ray_trainer, "start_ray", lambda *_, **__: None)
+    monkeypatch.setattr(ray_trainer, "actor_here", Here)
+    monkeypatch.setattr(ray_trainer, "_job", Job)
+
+    def train(rank: Callable[[RunConfig], None]) -> int:
+        monkeypatch.setattr(trainer, "train", rank)
+        return main(["pretrain", str(recipe), f"run_dir={tmp_path}", "--address", "local"])
+
+    return train
+
+
+def test_ranks_that_fail_too_often_end_with_the_code_that_says_try_again(
+    trained: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number of tries counts from the newest checkpoint."""
+    tries: list[int] = []
+
+    def crashes(config: RunConfig) -> None:
+        tries.append(1)
+        if len(tries) == 2:
+            write_folder(step_url(config.run_dir, 3), {}, 3)
+        raise RuntimeError("its memory is broken")
+
+    assert trained(crashes) == CAN_BE_RUN_AGAIN
+    assert len(tries) == 2 * (SuperviseConfig().max_restarts + 1)
+    said = capsys.readouterr().err
+    assert "the ranks failed more than 3 times since step 3 (supervise.max_restarts)" in said
+    assert "its memory is broken. Run the same command again to go on" in said
+
+
+@pytest.mark.parametrize("code", [2, DISK_FULL])
+def test_a_mistake_of_the_user_and_a_full_disk_are_not_tried_again(
+    trained: Train, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    tries: list[int] = []
+
+    def mistaken(config: RunConfig) -> None:
+        tries.append(1)
+        if code == DISK_FULL:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        raise DataError("there is no such set")
+
+    assert trained(mistaken) == code
+    assert len(tries) == 1
+    said = capsys.readouterr().err
+    assert ("No space left on device" if code == DISK_FULL else "there is no such set") in said
 
 
 STEPS = 30

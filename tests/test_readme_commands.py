@@ -79,7 +79,8 @@ ELSEWHERE = {
     "glipv2 pretrain my.yaml --address": f"{LAUNCHERS}::test_ray_train_starts_dead_workers_again",
     "torchrun": f"{LAUNCHERS}::test_torchrun_starts_dead_ranks_again_and_passes_on_that_it_is_told_"
     "to_stop",
-    "deepspeed": f"{LAUNCHERS}::test_deepspeeds_launcher_does_too",
+    "deepspeed": f"{LAUNCHERS}::test_deepspeeds_launcher_ends_with_a_killed_rank_and_the_same_"
+    "command_goes_on",
     "sbatch": "test_slurm.py::test_a_preempted_run_is_queued_again_and_goes_on",
     "ray drain-node": "test_ray_trainer.py::test_a_node_that_is_to_go_costs_no_step",
     "python infra/kill_drill.py": f"{LAUNCHERS}::test_the_kill_drill_finds_nothing",

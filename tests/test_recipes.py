@@ -20,6 +20,40 @@ from glipv2.pipeline.train_config import TrainConfig
 FOLDER = Path(__file__).parent.parent / "infra" / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 PUBLISHED = [name for name in RECIPES if name.startswith(("glip_", "glipv2_", "finetune_"))]
+GOLDG = ("flickr30k", "mixed", "objects365")
+FIVE_SETS = (
+    "flickr30k", "imagenet_boxes", "mixed", "objects365", "openimages", "visual_genome",
+)  # fmt: skip
+Phase = tuple[int, set[str], str | None]
+PHASES: dict[str, list[Phase]] = {
+    "glip_base": [(1000, set(), None)],
+    "glip_t_a": [(309_375, {"objects365"}, "models/start_A")],
+    "glip_t_b": [(309_375, {"objects365"}, "models/start_T")],
+    "glip_t_c": [(670_312, {*GOLDG}, "models/start_T")],
+    "glip_t": [(2_545_312, {*GOLDG, "s3://BUCKET/cap4m-grounded"}, "models/start_T")],
+    "glip_l": [(1_000_000, {*FIVE_SETS, "s3://BUCKET/cap24m-grounded"}, "models/start_L")],
+    "glipv2_t": [
+        (2_545_312, {*GOLDG, "s3://BUCKET/cap4m-grounded"}, "models/start_T"),
+        (223_437, {*GOLDG}, "runs/glipv2_t/all_losses"),
+    ],
+    "glipv2_b": [
+        (1_000_000, {*FIVE_SETS, "coco_train2017", "s3://BUCKET/cc15m-grounded"}, "models/start_B"),
+    ],
+    "glipv2_h": [(1_000_000, {*FIVE_SETS, "coco_train2017", "s3://BUCKET/cc15m-grounded"}, None)],
+    "glipv2_mask_head": [
+        (90_000, {"coco_train2017", "lvis_train", "phrasecut_train"}, "runs/glipv2_t/without_mlm"),
+    ],
+    "finetune_base": [(1000, set(), "runs/glip_t")],
+    "finetune_coco": [(88_715, {"coco_train2017"}, "runs/glip_t")],
+    "finetune_lvis": [(75_127, {"lvis_train"}, "runs/glipv2_t/without_mlm")],
+    "finetune_odinw": [(2000, set(), "runs/glip_t")],
+    "finetune_linear_probe": [(2000, set(), "runs/glip_t")],
+    "finetune_prompt": [(2000, set(), "runs/glip_t")],
+    "finetune_flickr30k": [(23_281, {"flickr30k_train"}, "runs/glipv2_t/all_losses")],
+    "finetune_vqa": [(12_853, {"vqa_train", "vqa_val"}, "runs/glipv2_t/all_losses")],
+    "finetune_captioning": [(11_063, {"captions_train"}, "runs/glipv2_t/all_losses")],
+}
+"""Steps, sets and start of each phase; of those without sets the user gives them."""
 GLIP_SIZES = ((480, 560, 640, 720, 800), 1333)
 
 
@@ -41,6 +75,13 @@ def text_of(name: str) -> str:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_loads_in_every_phase(name: str) -> None:
     assert phases(name)
+
+
+def test_these_are_the_published_recipes_with_their_lengths_sets_and_starts() -> None:
+    assert set(PUBLISHED) == PHASES.keys()
+    for name, expected in PHASES.items():
+        found = [(own.train.steps, {*own.data.mixture}, own.train.init) for own in phases(name)]
+        assert found == expected, name
 
 
 # Facts G.1: batch, rate, text rate, weight decay, its milestones, EMA, short and long sides.

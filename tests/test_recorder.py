@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,7 @@ def test_metrics_tensorboard_bar_and_summary_say_what_the_steps_took(
     own = Recorder(config(str(tmp_path)), 0)
     own.operations_per_pixel = 5.0
     train(own, 0, 5)
+    own.bar.refresh()
     own.close(6)  # one more step had no update
     lines = storage.read_json_lines(str(tmp_path / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [1, 3]
@@ -72,7 +74,8 @@ def test_metrics_tensorboard_bar_and_summary_say_what_the_steps_took(
     assert "steps 0 to 6 in" in said
     assert "25.0% of the time waiting for data, 25.0% of the device's arithmetic" in said
     assert "loss of the last 5 steps 1.000, 1 left out" in said
-    assert "box 1.00 token 2.00" in said
+    shown_live = r" 5/20 \[\d\d:\d\d<\d\d:\d\d, [^,]+, loss -1\.00 box 1\.00 token 2\.00, 4 img/s, "
+    assert re.search(shown_live + r"data 25%, \d+\.\d GB, flops 25%\]", said)
 
 
 def test_steps_that_overflow_in_fp16_are_counted_and_the_scale_is_logged(

@@ -152,6 +152,63 @@ def test_a_full_disk_is_told_at_the_next_step_and_leaves_the_checkpoint_before(
     assert found and (found.step, verify(found)) == (1, [])
 
 
+def test_while_a_writer_is_blocked_the_next_step_ends_and_changes_nothing_of_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = run(tmp_path)
+    step(own, 0)
+    expected = weights(own)
+    write, goes_on = storage.write_pieces, threading.Event()
+
+    def blocked(*arguments: Any) -> Any:
+        goes_on.wait(10)
+        return write(*arguments)
+
+    monkeypatch.setattr(storage, "write_pieces", blocked)
+    save(own, 1)
+    step(own, 1)
+    assert own[2].writing and not own[2].writing.done()
+    assert not torch.equal(weights(own)["0.weight"], expected["0.weight"])
+    assert committed_steps(str(tmp_path)) == []
+    goes_on.set()
+    own[2].wait()
+    found = newest_checkpoint(str(tmp_path))
+    assert found is not None
+    assert torch.equal(load(found.read("model.safetensors"))["0.weight"], expected["0.weight"])
+
+
+def test_without_the_model_file_there_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = run(tmp_path)
+    step(own, 0)
+    write = storage.write_bytes
+
+    def fails(url: str, data: bytes) -> None:
+        if url.endswith("model.safetensors"):
+            raise OSError(errno.EIO, "Input/output error", url)
+        write(url, data)
+
+    monkeypatch.setattr(storage, "write_bytes", fails)
+    save(own, 1)
+    with pytest.raises(OSError, match="Input/output error"):
+        own[2].wait()
+    [folder] = (tmp_path / "checkpoints").iterdir()
+    assert "COMMIT.json" not in {path.name for path in folder.iterdir()}
+    assert newest_checkpoint(str(tmp_path)) is None
+
+
+def test_of_five_saves_the_newest_that_are_to_be_kept_are_left(tmp_path: Path) -> None:
+    own = run(tmp_path)
+    for number in range(5):
+        step(own, number)
+        save(own, number + 1)
+    own[2].wait()
+    assert committed_steps(str(tmp_path)) == [4, 5]
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"step-000004", "step-000005"}
+
+
 def test_a_second_trainer_that_commits_first_stops_this_one(tmp_path: Path) -> None:
     own, other = run(tmp_path), run(tmp_path)
     for each in (own, other):

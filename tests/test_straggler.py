@@ -1,5 +1,6 @@
 """The rank that the others wait for is named."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from glipv2.pipeline.launch import launch_ranks
 from glipv2.pipeline.straggler import slow_ranks
 from glipv2.pipeline.train_config import SuperviseConfig, TrainConfig
 
+WORKERS = Path(__file__).parent / "workers"
 STEPS = """
 import logging, sys, time
 import torch
@@ -29,20 +31,63 @@ for step in range(24):
 torch.distributed.destroy_process_group()
 """
 
+MICRO_BATCHES = """
+import logging, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from engine_worker import ALL, Network, micro_batches
+from glipv2.pipeline import dist
+from glipv2.pipeline.engine import build_engine, init_distributed, train_step
+from glipv2.pipeline.straggler import Stragglers
+from glipv2.pipeline.train_config import SuperviseConfig, TrainConfig
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+torch.set_num_threads(1)
+init_distributed()
+
+class Slow(Network):
+    def forward(self, *inputs):
+        if dist.rank() == 1 and step < 12:
+            time.sleep(0.2)
+        return super().forward(*inputs)
+
+train = TrainConfig(global_batch=4, accumulation=2, zero_stage=0, precision="fp32")
+engine = build_engine(Slow(), train)
+stragglers = Stragglers(SuperviseConfig(straggler_every=12))
+for step in range(24):
+    stragglers.begin(step)
+    if dist.rank() == 0 and step >= 12:
+        time.sleep(0.2)  # for its batch: rank 1 waits where the micro-batches' counts are averaged
+    train_step(engine, micro_batches(step, 2), step, train, ALL, dist.collectives())
+    stragglers.end(step)
+"""
+
+
+def slow_ones(
+    command: list[str], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> list[tuple[str, str]]:
+    """Step and rank of what two ranks that run a script report."""
+    config = RunConfig(
+        run_dir=str(folder),
+        train=TrainConfig(processes=2, global_batch=2),
+        supervise=SuperviseConfig(max_restarts=0),
+    )
+    launch_ranks([sys.executable, "-c", *command], config)
+    return re.findall(r"step (\d+): the others wait for rank (\d+) on ", capfd.readouterr().err)
+
 
 @pytest.mark.parametrize("kind", ["slow", "even"])
 def test_the_slow_rank_is_named_at_every_look(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    config = RunConfig(
-        run_dir=str(tmp_path),
-        train=TrainConfig(processes=2, global_batch=2),
-        supervise=SuperviseConfig(max_restarts=0),
-    )
-    launch_ranks([sys.executable, "-c", STEPS, kind], config)
-    said = [line for line in capfd.readouterr().err.splitlines() if "wait for rank" in line]
-    named = ["step 11: the others wait for rank 1", "step 23: the others wait for rank 1"]
-    assert [line.split(" on ")[0] for line in said] == (named if kind == "slow" else [])
+    named = [("11", "1"), ("23", "1")] if kind == "slow" else []
+    assert slow_ones([STEPS, kind], tmp_path, capfd) == named
+
+
+def test_with_micro_batches_a_slow_forward_pass_is_seen_and_a_slow_batch_as_well(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = slow_ones([MICRO_BATCHES, str(WORKERS)], tmp_path, capfd)
+    assert found == [("11", "1"), ("23", "0")]
 
 
 def test_a_rank_is_compared_with_the_others() -> None:

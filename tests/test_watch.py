@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from glipv2.pipeline import storage
-from glipv2.pipeline.errors import DataError
-from glipv2.pipeline.train_config import SuperviseConfig
-from glipv2.pipeline.watch import HUNG, Watch
+sys.path.insert(0, str(Path(__file__).parent))
+from commands import TIMEOUT, smoke_recipe  # noqa: E402
+
+from glipv2.pipeline import storage  # noqa: E402
+from glipv2.pipeline.errors import DataError  # noqa: E402
+from glipv2.pipeline.train_config import SuperviseConfig  # noqa: E402
+from glipv2.pipeline.watch import HUNG, Watch  # noqa: E402
 
 BEGIN = """
 import sys, time
@@ -49,6 +53,25 @@ with watch:
     assert text.startswith("rank 3: step takes more than supervise.step_seconds=0.5\n")
     assert "waits_for_ever" in text and "in _look" in text
     assert str(tmp_path / "stacks" / "rank-3-") in done.stderr
+
+
+def test_ranks_that_never_find_each_other_end_with_their_stacks(tmp_path: Path) -> None:
+    """The second of two ranks never starts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    recipe = smoke_recipe(tmp_path, data={"mixture": {"toy_detection": 1}})
+    done = subprocess.run(
+        [sys.executable, "-m", "glipv2.jobs.cli", "pretrain", str(recipe),
+         f"run_dir={tmp_path}", "supervise.setup_seconds=3"],
+        env=os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2",
+                          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        capture_output=True, text=True, timeout=TIMEOUT,
+    )  # fmt: skip
+    assert done.returncode == HUNG, done.stderr[-3000:]
+    [text] = [path.read_text() for path in (tmp_path / "stacks").glob("rank-0-*.txt")]
+    assert text.startswith("rank 0: setup takes more than supervise.setup_seconds=3\n")
+    assert "in init_distributed" in text
 
 
 def test_c_code_that_keeps_pythons_lock_is_ended_as_well(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_every_task_is_scored_with_the_heads_it_needs(
         "expressions": {"set": str(data / "referring"), "task": "referring"},
         "cut": {"set": str(data / "referring"), "task": "segmentation", "mask_score": 0.1},
         "vqa": {"set": str(data / "vqa"), "task": "vqa"},
-        "lvis": {"set": str(data / "lvis"), "task": "lvis", "chunk_size": 2, "max_boxes": 0},
+        "lvis": {"set": str(data / "lvis"), "task": "lvis", "chunk_size": 2},
         "captions": {"set": str(data / "captioning"), "task": "captioning", "beams": 1},
     }
     config = scored_config(tmp_path / "run", suites)
@@ -196,6 +196,8 @@ def test_every_task_is_scored_with_the_heads_it_needs(
         assert 0 <= value <= 1, result["suite"]
     assert {"mask_ap", "ap", "ar_100"} <= set(results["boxes"]["metrics"])
     assert {"classic_ap", "ap_common"} <= set(results["lvis"]["metrics"])
+    assert results["lvis"]["settings"]["max_boxes"] == 0  # what was kept, not what was left unsaid
+    assert results["lvis"]["settings"]["max_boxes_per_prompt"] == 300
     assert set(results["lvis"]["sets"]["lvis"]["per_category"]) == {"blue_dog"}
     assert {"recall_at_1", "merged_recall_at_1"} <= set(results["phrases"]["metrics"])
     assert results["expressions"]["metrics"]["expressions"] == 4

@@ -75,7 +75,8 @@ class Scoring:
         own = {"metrics": metrics, "per_category": {}, "url": "x", "images": 2}
         result = {
             "suite": job.suite.name, "first": "ap", "metrics": metrics, "key": job.key,
-            "sets": {job.suite.name: own}, "protocol": job.suite.digest, "seconds": {"predict": 0.0, "score": 0.0},
+            "sets": {job.suite.name: own}, "protocol": job.suite.digest,
+            "seconds": {"predict": 0.0, "score": 0.0},
         }  # fmt: skip
         storage.write_json(job.url, result)
         return result

@@ -2,7 +2,9 @@
 
 The protocol is that of pycocotools (facts I: IoU .50:.95, at most 100 detections per image and
 category), and so are the numbers, to the last bit; `hotcoco` computes them in a small part of the
-time. Truth comes from our records, or from a COCO annotation file as it is.
+time. Detections with a NaN or infinite number are left out and counted here; pycocotools scores
+those without a score after all others. Truth comes from our records, or from a COCO annotation file
+as it is.
 
 Shape suffixes: T overlaps, R recalls, K categories, A area ranges, M caps; N annotations, I images.
 """

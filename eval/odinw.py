@@ -22,18 +22,6 @@ class OdinwSet:
     """One of the sets."""
 
     name: str
-    paper_name: str
-    """In the tables of the GLIP paper; empty for sets that only ODinW-35 has."""
-    url: str
-    """Of the zip that holds it."""
-    annotations: str
-    """COCO file of the split that is scored, in ODinW's tree."""
-    images: str
-    """Folder of its images."""
-    train: str
-    """COCO file of the training split."""
-    few_shot: dict[tuple[int, int], str]
-    """(shots, seed) -> COCO file of the published training subset."""
     prompts: dict[str, PromptConfig]
     """Category -> what stands for it in the prompt; the others are asked for by their names."""
 
@@ -75,22 +63,8 @@ def _data() -> dict[str, Any]:
 
 
 def _set(entry: Mapping[str, Any]) -> OdinwSet:
-    data, folder, split = _data(), entry["folder"], entry["split"]
-    flat = folder.endswith("/export")  # all images in one folder, splits told by the file's name
-    at, train = (f"{split}_", "train_") if flat else (f"{split}/", "train/")
     return OdinwSet(
         name=entry["name"],
-        paper_name=entry.get("suite13", ""),
-        url=data["url"].format(archive=folder.partition("/")[0]),
-        annotations=f"{folder}/{at}annotations_without_background.json",
-        images=folder if flat else f"{folder}/{split}",
-        train=f"{folder}/{train}annotations_without_background.json",
-        few_shot={
-            (shots, seed): f"{folder}/{'' if flat else 'train/'}"
-            + data["few_shot"].format(shots=shots, seed=seed)
-            for shots in (1, 3, 5, 10)
-            for seed in data["few_shot_seeds"]
-        },
         prompts={
             category: PromptConfig(**prompt)
             for category, prompt in entry.get("prompts", {}).items()

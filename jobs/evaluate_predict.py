@@ -40,6 +40,9 @@ KINDS: dict[str, Kind] = {
     "lvis": "all", "phrases": "phrases", "referring": "phrases", "segmentation": "phrases",
     "vqa": "answers", "captioning": "captions",
 }  # fmt: skip
+LVIS_BOXES = 0, 300
+"""Kept of an image (all) and of each prompt about it, unless a suite says otherwise: a cap here
+would make of fixed AP another figure, and classic AP takes 300 of an image (facts I)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +75,13 @@ def asked_of(suite: SuiteConfig, precision: Precision) -> Asked:
         own = Asked(kind=kind, masks=suite.task == "segmentation", precision=precision)
         # the best box of an expression counts, however little it is like it (facts I)
         return replace(own, min_probability=0.0) if suite.task == "referring" else own
+    of_image, of_prompt = LVIS_BOXES if suite.task == "lvis" else (100, 100)
     return Asked(
         kind=kind,
         prompts=suite.prompts,
         chunk_size=suite.chunk_size,
-        max_boxes=suite.max_boxes,
-        max_boxes_per_prompt=suite.max_boxes_per_prompt,
+        max_boxes=of_image if suite.max_boxes is None else suite.max_boxes,
+        max_boxes_per_prompt=suite.max_boxes_per_prompt or of_prompt,
         masks=suite.masks,
         precision=precision,
     )

@@ -289,6 +289,13 @@ def _lean(entry: Any) -> Any:
 
 def _result(job: Job, scores: dict[str, Scores], images: dict[str, int]) -> dict[str, Any]:
     suite = job.suite
+    asked = next(iter(suite.asked.values()))
+    settings = {
+        **asdict(suite.config),
+        "max_boxes": asked.max_boxes,
+        "max_boxes_per_prompt": asked.max_boxes_per_prompt,
+        "precision": job.config.eval.precision,
+    }
     return {
         "suite": suite.name,
         "task": suite.config.task,
@@ -305,7 +312,7 @@ def _result(job: Job, scores: dict[str, Scores], images: dict[str, int]) -> dict
             for name, own in scores.items()
         },
         "checkpoint": {"url": job.checkpoint, "digest": job.model, "step": step_of(job.checkpoint)},
-        "settings": {**asdict(suite.config), "precision": job.config.eval.precision},
+        "settings": settings,
         "protocol": suite.digest,
         "key": job.key,
     }

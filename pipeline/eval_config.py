@@ -48,10 +48,11 @@ class SuiteConfig:
     chunk_size: int = 0
     """Categories per prompt, which decides the figures (GLIP: 40 for LVIS); 0 puts as many into one
     as fit."""
-    max_boxes: int = 100
-    """Boxes kept of an image; 0 keeps all of all prompts, as fixed AP wants it."""
-    max_boxes_per_prompt: int = 100
-    """Boxes kept of each prompt about an image (GLIP: 300 for LVIS)."""
+    max_boxes: int | None = None
+    """Boxes kept of an image; 0 keeps all of all prompts. null: 100, and for lvis all, as fixed AP
+    wants it."""
+    max_boxes_per_prompt: int | None = None
+    """Boxes kept of each prompt about an image. null: 100, for lvis 300, as GLIP has it."""
     masks: bool = False
     """detection, lvis: score masks as well."""
     mask_score: float = 0.5
@@ -70,10 +71,10 @@ class SuiteConfig:
             raise ConfigError("a suite of eval.suites needs `set` or `sets`, one of them")
         for key in ("chunk_size", "max_boxes", "limit"):
             value = getattr(self, key)
-            require(value >= 0, f"eval.suites.*.{key}", "0 or more", value)
+            require(value is None or value >= 0, f"eval.suites.*.{key}", "0 or more", value)
         for key in ("max_boxes_per_prompt", "beams"):
             value = getattr(self, key)
-            require(value > 0, f"eval.suites.*.{key}", "positive", value)
+            require(value is None or value > 0, f"eval.suites.*.{key}", "positive", value)
         require(0 <= self.mask_score <= 1, "eval.suites.*.mask_score", "between 0 and 1",
                  self.mask_score)  # fmt: skip
         if self.odinw and (self.task != "detection" or self.sets or self.prompts):

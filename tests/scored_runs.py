@@ -169,3 +169,13 @@ def counting_map(done: list[Any]) -> Callable[..., Iterator[tuple[Any, Any]]]:
             yield item, result
 
     return run
+
+
+def spy(call: Any, asked: list[Any]) -> Any:
+    """A method of Grounder that notes what it is asked."""
+
+    def wrapped(self: Any, images: Any, texts: Any, **named: Any) -> Any:
+        asked.append(texts)
+        return call(self, images, texts, **named)
+
+    return wrapped

@@ -155,7 +155,7 @@ def test_what_fails_does_not_stop_the_others(
 ) -> None:
     config = load_config(str(recipe), [
         f"run_dir={tmp_path / 'run'}", "adapt.shots=[1]", "adapt.seeds=[3,30]",
-        "train.init=null",
+        "train.init=null", "adapt.num_tasks=5", "adapt.gpus_per_task=0.5", "adapt.cpus_per_task=3",
     ])  # fmt: skip
 
     failures: list[Exception] = [
@@ -167,8 +167,17 @@ def test_what_fails_does_not_stop_the_others(
 
     monkeypatch.setattr(adapt_cell, "pretrain", fail)
     cells = plan(config, {"full": config})
+    in_process = ray_map.map_on_ray
+    pools: list[dict[str, Any]] = []
+
+    def noting(*given: Any, **pool: Any) -> Any:
+        pools.append(pool)
+        return in_process(*given, **pool)
+
+    monkeypatch.setattr(ray_map, "map_on_ray", noting)
     results = adapt.adapt(config, cells)
     assert len(done) == 2
+    assert pools == [{"num_actors": 5, "gpus_per_actor": 0.5, "cpus_per_actor": 3.0}]
     assert [r["error"] for r in results] == ["rank 0 was killed", "CUDA out of memory"]
     assert "1-shot/seed-3" in results[0]["run"]
     page = write_report(str(tmp_path / "run"))

@@ -92,6 +92,13 @@ def test_manifests_are_what_their_schemas_allow(path: Path) -> None:
     validate(yaml.safe_load(path.read_text()))
 
 
+def test_there_is_a_manifest_of_each_kind_and_a_page_for_each_scenario() -> None:
+    kinds = {(document["apiVersion"], document["kind"]) for document in documents()}
+    assert kinds >= {("ray.io/v1", "RayCluster"), ("ray.io/v1", "RayJob")}
+    scenarios = {"label_on_spot_nodes", "pretrain_on_several_nodes", "evaluate_every_night"}
+    assert scenarios <= {page.stem for page in PAGES}
+
+
 def container(document: dict[str, Any]) -> dict[str, Any]:
     return templates(document)[-1]["spec"]["containers"][0]
 

@@ -1,6 +1,7 @@
 """COCO AP of boxes and masks against pycocotools: all 12 numbers, every category's, every curve."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -248,6 +249,26 @@ def test_equal_scores_keep_the_order_of_the_images_then_of_the_boxes():
     found = {"x": hit, "y": miss}
     assert coco_ap(coco_truth([with_box, without], ["a"]), found).ap == pytest.approx(1)
     assert coco_ap(coco_truth([without, with_box], ["a"]), found).ap == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("by", ["box", "mask"])
+def test_detections_without_a_score_are_dropped_and_the_others_scored_as_by_pycocotools(by):
+    records, found, names = random_case(31)
+    rng = np.random.default_rng(7)
+    given, others, dropped = {}, [], 0
+    for key, own in found.items():
+        lost = rng.random(len(own.scores)) < 0.2
+        scores = np.where(lost, math.nan, own.scores).tolist()
+        given[key] = dataclasses.replace(own, scores=scores)
+        keep = np.flatnonzero(~lost).tolist()
+        columns = (own.boxes, own.scores, own.names, own.masks)
+        boxes, scores, called, masks = ([column[row] for row in keep] for column in columns)
+        others.append(ScoredBoxes(boxes=boxes, scores=scores, names=called, masks=masks))
+        dropped += int(lost.sum())
+    result = coco_ap(coco_truth(records, names), given, by)
+    assert result.dropped == dropped > 10
+    stats, precision = judge(document(records, names), dict(enumerate(others)), names, by)
+    assert_same(result, stats, precision, names)
 
 
 def test_undefined_numbers_are_left_out_and_broken_ones_dropped_and_counted():

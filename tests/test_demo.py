@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 from chromium import Browser, needs_chromium, running  # noqa: E402
@@ -70,6 +71,13 @@ def test_the_page_shows_what_the_model_finds(address: str, checkpoint: Path) -> 
     value = picture.get("value", picture)
     assert [a["label"] for a in value["annotations"]] == expected.phrases
     assert {token["token"] for token in words.get("value", words)} == set(expected.phrases)
+    for area, box in zip(value["annotations"], expected.boxes_K4.tolist(), strict=True):
+        x0, y0, x1, y1 = map(round, box)
+        drawn = Image.open(area["image"]["path"] if isinstance(area["image"], dict) else
+                           area["image"]).convert("RGBA")  # fmt: skip
+        *colour, opacity = drawn.getpixel(((x0 + x1) // 2, (y0 + y1) // 2))
+        assert "#" + bytes(colour).hex() == colours_of(expected)[area["label"]].lower()
+        assert opacity > 0
 
 
 def test_a_mistake_is_told_on_the_page(address: str, checkpoint: Path) -> None:

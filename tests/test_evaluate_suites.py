@@ -19,13 +19,13 @@ from scored_runs import (  # noqa: E402
     counting_map,
     save_step,
     scored_config,
+    spy,
     tiny_model,
     write_detection,
     write_tasks,
 )
 
 from glipv2.eval.detection import average_precision  # noqa: E402
-from glipv2.eval.odinw import odinw_sets  # noqa: E402
 from glipv2.jobs.evaluate import evaluate_suites, suite_table  # noqa: E402
 from glipv2.jobs.evaluate_predict import as_detection, read_predictions  # noqa: E402
 from glipv2.jobs.evaluate_score import Scores, averages  # noqa: E402
@@ -38,7 +38,6 @@ from glipv2.pipeline.checkpoint import write_folder  # noqa: E402
 from glipv2.pipeline.errors import ConfigError, DataError  # noqa: E402
 from glipv2.pipeline.pins import pins  # noqa: E402
 from glipv2.pipeline.shard_reader import iterate_records, open_shard_set  # noqa: E402
-from glipv2.pipeline.shards import write_shard_set  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +184,7 @@ def test_every_task_is_scored_with_the_heads_it_needs(
         "expressions": {"set": str(data / "referring"), "task": "referring"},
         "cut": {"set": str(data / "referring"), "task": "segmentation", "mask_score": 0.1},
         "vqa": {"set": str(data / "vqa"), "task": "vqa"},
-        "lvis": {"set": str(data / "lvis"), "task": "lvis", "chunk_size": 2, "max_boxes": 0},
+        "lvis": {"set": str(data / "lvis"), "task": "lvis", "chunk_size": 2},
         "captions": {"set": str(data / "captioning"), "task": "captioning", "beams": 1},
     }
     config = scored_config(tmp_path / "run", suites)
@@ -196,6 +195,8 @@ def test_every_task_is_scored_with_the_heads_it_needs(
         assert 0 <= value <= 1, result["suite"]
     assert {"mask_ap", "ap", "ar_100"} <= set(results["boxes"]["metrics"])
     assert {"classic_ap", "ap_common"} <= set(results["lvis"]["metrics"])
+    assert results["lvis"]["settings"]["max_boxes"] == 0  # what was kept, not what was left unsaid
+    assert results["lvis"]["settings"]["max_boxes_per_prompt"] == 300
     assert set(results["lvis"]["sets"]["lvis"]["per_category"]) == {"blue_dog"}
     assert {"recall_at_1", "merged_recall_at_1"} <= set(results["phrases"]["metrics"])
     assert results["expressions"]["metrics"]["expressions"] == 4
@@ -384,29 +385,6 @@ def test_several_sets_give_their_mean_and_median(
     assert counted["phrases"]["phrases"] == counted["phrases"]["merged_phrases"] == 8
 
 
-def test_odinw_is_a_folder_of_its_sets(
-    data: Path, tmp_path: Path, done: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = [own.name for own in odinw_sets(13)]
-    asked: list[Any] = []
-    monkeypatch.setattr(Grounder, "detect", spy(Grounder.detect, asked))
-    monkeypatch.setattr(Grounder, "ground", spy(Grounder.ground, asked))
-    records = list(iterate_records(str(data / "few")))[:1]
-    for own in odinw_sets(13):
-        categories = ("cat", *(own.prompts or ("dog",)))
-        write_shard_set(str(data / "odinw" / own.name), records, categories, {})
-    suite = {"set": str(data / "odinw"), "odinw": 13}
-    suites = {"plain": suite, "asked": {**suite, "odinw_prompts": True}}
-    config = scored_config(tmp_path / "run", suites)
-    plain, prompted = evaluate_suites(config, {"model": str(data / "model")})["model"]
-    ap = [plain["sets"][name]["metrics"]["ap"] for name in names]
-    assert plain["metrics"]["ap"] == pytest.approx(np.mean(ap))
-    assert plain["metrics"]["ap_median"] == pytest.approx(np.median(ap))
-    assert [["cat", "package"]] in asked and prompted["protocol"] != plain["protocol"]
-    assert any("there is a package on the porch" in texts[0][0] for texts in asked)
-    assert len(done) < 2 * len(names)  # sets without prompts were asked the same before
-
-
 def test_prompts_replace_names_and_stand_around_them(
     data: Path, tmp_path: Path, done: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,14 +423,6 @@ def test_prompts_replace_names_and_stand_around_them(
     config = scored_config(tmp_path / "run", {"long": long})
     with pytest.raises(ConfigError, match="must fit one text of 96 tokens"):
         evaluate_suites(config, {"model": str(data / "model")})
-
-
-def spy(call: Any, asked: list[Any]) -> Any:
-    def wrapped(self: Any, images: Any, texts: Any, **named: Any) -> Any:
-        asked.append(texts)
-        return call(self, images, texts, **named)
-
-    return wrapped
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,23 @@ def test_merged_box_wants_the_hull_of_all_boxes():
         assert recalls == [any_box, merged]
 
 
+def test_merged_box_equals_a_brute_force_count_on_random_phrases():
+    rng = np.random.default_rng(11)
+    recall, hits = PhraseRecall(protocol="merged-box"), dict.fromkeys((1, 5, 10, None), 0)
+    any_box = 0
+    for _ in range(300):
+        found, truth = random_boxes(rng, rng.integers(0, 14)), random_boxes(rng, rng.integers(1, 4))
+        recall.add(found, truth)
+        x0, y0, x1, y1 = zip(*truth, strict=True)
+        hull = (min(x0), min(y0), max(x1), max(y1))
+        for k in hits:
+            hits[k] += any(overlap(box, hull) >= 0.5 for box in found[:k])
+        any_box += any(overlap(box, true) >= 0.5 for box in found[:1] for true in truth)
+    assert 0 < hits[1] < hits[5] < hits[10] < hits[None] < 300 and hits[1] != any_box
+    names = {1: "recall_at_1", 5: "recall_at_5", 10: "recall_at_10", None: "recall_bound"}
+    assert dict(recall.metrics()) == {names[k]: count / 300 for k, count in hits.items()}
+
+
 def test_plain_boxes_in_any_order_score_like_a_detection_and_broken_ones_are_counted():
     boxes = [[20.0, 0, 30, 10], [50, 50, 60, 60], [0, 50, 5, 60], [0, 0, float("nan"), 1]]
     names = ["two dogs", "a cat", "two dogs", "a cat"]

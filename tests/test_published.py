@@ -1,8 +1,10 @@
 """The data files of evaluation: ODinW's sets and the figures of papers."""
 
+from importlib.resources import files
 from statistics import fmean
 
 import pytest
+import yaml
 
 from glipv2.eval.odinw import odinw_mean, odinw_sets
 from glipv2.eval.published import published, suites
@@ -15,36 +17,44 @@ def figures(suite, **wanted):
 
 def test_odinw_has_13_sets_in_35_with_unlike_names():
     small, large = odinw_sets(13), odinw_sets(35)
-    assert len(small) == len({own.name for own in small}) == len({own.paper_name for own in small})
+    assert len(small) == len({own.name for own in small}) == 13
     assert len(large) == len({own.name for own in large}) == 35
     assert set(own.name for own in small) < set(own.name for own in large)
     with pytest.raises(ValueError, match="not of 14"):
         odinw_sets(14)
 
 
-def test_a_set_says_where_its_files_are_and_what_to_ask():
-    sets = {own.name: own for own in odinw_sets(35)}
-    hands = sets["EgoHands_generic"]
-    assert hands.url.endswith("/odinw_35/EgoHands.zip")
-    assert hands.annotations == "EgoHands/generic/mini_val/annotations_without_background.json"
-    assert hands.images == "EgoHands/generic/mini_val"
-    assert hands.few_shot[10, 300] == "EgoHands/generic/train/fewshot_train_shot10_seed300.json"
-    pistols = sets["pistols"]  # one flat folder
-    assert pistols.annotations == "pistols/export/val_annotations_without_background.json"
-    assert (pistols.images, pistols.prompts) == ("pistols/export", {})
-    hole = sets["pothole"].prompts["pothole"]
-    assert (hole.prefix, hole.name, hole.suffix) == ("there are some", "holes", "on the road")
-    minival = {name for name, own in sets.items() if "/mini_val/" in own.annotations}
-    assert minival == {
+def test_the_sets_that_are_scored_on_a_small_validation_split_are_those_of_glip():
+    tree = yaml.safe_load(files("glipv2.eval").joinpath("odinw.yaml").read_text("utf-8"))
+    assert {own["name"] for own in tree["sets"] if own["split"] == "mini_val"} == {
         "DroneControl", "EgoHands_generic", "EgoHands_specific", "OxfordPets_by_breed",
         "OxfordPets_by_species", "PKLot", "UnoCards", "VehiclesOpenImages", "brackishUnderwater",
         "openPoetryVision", "websiteScreenshots",
     }  # fmt: skip
-    asked = {own.name for own in odinw_sets(35) if own.prompts}
-    assert asked == {
-        "Aquarium", "CottontailRabbits", "EgoHands_generic", "NorthAmericaMushrooms", "Packages",
-        "pothole",
-    }  # fmt: skip
+    assert tree["few_shot_seeds"] == [3, 30, 300]
+
+
+PROMPTS = {
+    "Aquarium": {"penguin": ("", "", ", which is black and white"),
+                 "puffin": ("", "", "with orange beaks"),
+                 "stingray": ("", "", "which is flat and round")},
+    "CottontailRabbits": {"Cottontail-Rabbit": ("", "rabbit", "")},
+    "EgoHands_generic": {"hand": ("", "", "of a person")},
+    "NorthAmericaMushrooms": {"CoW": ("", "flat mushroom", ""),
+                              "chanterelle": ("", "yellow mushroom", "")},
+    "Packages": {"package": ("there is a", "", "on the porch")},
+    "pothole": {"pothole": ("there are some", "holes", "on the road")},
+}  # fmt: skip
+"""Of facts D.6: what stands before, instead of, and after a category."""
+
+
+@pytest.mark.parametrize("count", [13, 35])
+def test_every_prompt_is_that_of_glip_and_there_is_no_other(count):
+    assert {
+        own.name: {name: (p.prefix, p.name, p.suffix) for name, p in own.prompts.items()}
+        for own in odinw_sets(count)
+        if own.prompts
+    } == PROMPTS
 
 
 def test_the_average_is_over_all_sets_and_no_others():

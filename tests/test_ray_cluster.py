@@ -1,10 +1,12 @@
 """How large a private Ray cluster is, and how many actors nodes hold."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -49,6 +51,49 @@ def test_who_is_told_to_stop_has_the_time_for_it(handler: str) -> None:
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
     assert "SIGTERM" not in said
+
+
+PRIVATE = """
+import json, os, urllib.request
+from glipv2.pipeline.ray_cluster import start_ray
+start_ray(1)
+import ray
+from ray._private.worker import global_worker
+print(json.dumps({
+    "mode": os.environ["RAY_AUTH_MODE"], "token": os.environ["RAY_AUTH_TOKEN"],
+    "dashboard": global_worker.node.address_info.get("webui_url") or "",
+    "address": ray.get_runtime_context().gcs_address,
+}), flush=True)
+input()
+"""
+STRANGER = """
+import sys, ray
+try:
+    ray.init(sys.argv[1], log_to_driver=False)
+except Exception as error:
+    sys.exit(f"refused: {type(error).__name__}")
+print("joined")
+"""
+
+
+def test_a_private_cluster_wants_a_token_of_its_own_and_has_no_dashboard(tmp_path: Path) -> None:
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
+    own["HOME"] = str(tmp_path)  # where Ray would keep a token that others share
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRIVATE], env=own, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    found = json.loads(process.stdout.readline())
+    assert (found["mode"], found["dashboard"]) == ("token", "")
+    assert len(found["token"]) == 64 and not list(tmp_path.rglob("auth_token"))
+    for token, said in (("0" * 64, "refused"), (found["token"], "joined")):
+        stranger = subprocess.run(
+            [sys.executable, "-c", STRANGER, found["address"]], capture_output=True, text=True,
+            env={**own, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}, timeout=120,
+        )  # fmt: skip
+        assert said in stranger.stdout + stranger.stderr, stranger.stderr
+    process.communicate("\n", timeout=60)
 
 
 def make_length() -> object:

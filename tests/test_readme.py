@@ -77,6 +77,18 @@ def test_the_pictures_shown_exist() -> None:
     assert all((ROOT / path).is_file() for path in pictures)
 
 
+@pytest.mark.parametrize(
+    "path",
+    sorted([ROOT / "README.md", *ROOT.glob("infra/**/*.md")]),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_every_link_of_a_page_leads_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+    inside = [link.partition("#")[0] for link in links if "://" not in link]
+    assert [link for link in inside if not (path.parent / link).exists()] == []
+    assert inside or path.name != "README.md"
+
+
 def test_every_make_target_shown_is_in_the_makefile() -> None:
     targets = set(re.findall(r"`?make ([a-z-]+)", README))
     makefile = (ROOT / "Makefile").read_text()

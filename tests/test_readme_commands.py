@@ -363,6 +363,7 @@ def not_tuned(_make: Any, cells: list[Any], **_: Any) -> Iterator[tuple[Any, dic
     """In the place of the workers of `glipv2 adapt`."""
     for cell in cells:
         known = {key: getattr(cell, key) for key in ("set", "way", "shots", "seed")}
+        known["mixture"] = list(cell.config.data.mixture)
         yield cell, {**known, "first": "ap", "metrics": {"ap": 0.5}}
 
 
@@ -384,6 +385,10 @@ def test_the_comparison_on_odinw_is_planned_whole(
     assert all(name in said for name in (*names, "average", "prompt"))
     cells = json.loads(Path("runs/adapt/adapt.json").read_text())["cells"]
     assert len(cells) == 13 * (1 + 3 * 5 * 3)
+    for cell in (cell for cell in cells if cell["way"] != "zero-shot"):
+        name, shots, seed = (cell[key] for key in ("set", "shots", "seed"))
+        own = f"odinw_shots/{name}_{shots}_{seed}" if shots else f"odinw_train/{name}"
+        assert [url.endswith(f"data/{own}") for url in cell["mixture"]] == [True], cell
 
 
 @pytest.mark.parametrize("tuned", [False, pytest.param(True, marks=pytest.mark.slow)])

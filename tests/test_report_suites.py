@@ -120,6 +120,16 @@ def scored(scored_once, tmp_path):
     return shutil.copytree(scored_once, tmp_path / "scored")
 
 
+def assert_curve(line, precision_R):
+    """Each point is at the mean precision of the recalls that it stands for."""
+    places = [tuple(map(float, point.split(","))) for point in line.points.split()]
+    points = [((x - 44) / (350 - 44), (174 - y) / (174 - 10)) for x, y in places]
+    assert (points[0][0], points[-1][0]) == pytest.approx((0, 1), abs=0.01) and len(points) > 70
+    for recall, precision in points:
+        near = [p for r, p in enumerate(precision_R) if abs(r / 100 - recall) < 0.011]
+        assert min(near) - 1e-3 <= precision <= max(near) + 1e-3, recall
+
+
 def test_categories_curves_and_pictures_are_those_of_the_best_step(scored):
     [toy, words] = suite_tables([str(scored / "one")])
     assert words.detail is None  # phrases have no categories
@@ -129,7 +139,13 @@ def test_categories_curves_and_pictures_are_those_of_the_best_step(scored):
     aps = [f"{per_category[name]['ap']:.3f}" for name, _, _ in toy.detail.categories]
     assert aps == sorted(aps, reverse=True) == [ap for _, ap, _ in toy.detail.categories]
     assert len(aps) == len(per_category) > 1
-    assert [name for name, _ in toy.detail.key][0] == "all categories"
+    mean, best, worst = toy.detail.plot.lines
+    names = [name for name, _, _ in toy.detail.categories]
+    assert [name for name, _ in toy.detail.key] == ["all categories", names[0], names[-1]]
+    curves = [own["precision"] for own in per_category.values()]
+    assert_curve(mean, [fmean(column) for column in zip(*curves, strict=True)])
+    assert_curve(best, per_category[names[0]]["precision"])
+    assert_curve(worst, per_category[names[-1]]["precision"])
     shown_examples = toy.detail.examples
     assert shown_examples.images == SHARDS * IMAGES
     truth = {record.key: record for record in iterate_records(str(scored / "val"))}
@@ -139,6 +155,9 @@ def test_categories_curves_and_pictures_are_those_of_the_best_step(scored):
     assert shown_examples.missed or shown_examples.false
     page = shown(Path(write_report(str(scored / "one"))))
     assert_self_contained(page)
+    drawn = [line["points"] for line in page.all("polyline")]
+    assert {line.points for line in (mean, best, worst)} <= set(drawn)
+    assert "Precision over recall, IoU 0.5" in page.text
     assert "Objects it came least near to" in page.html or "Wrong boxes" in page.html
     for gone in (scored / "one" / "eval" / "predictions").rglob("*.gz"):
         gone.unlink()

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from scored_runs import save_step, scored_config, write_detection  # noqa: E402
 
 from glipv2.jobs import schedule, schedule_alerts, schedule_attempts  # noqa: E402
+from glipv2.jobs.report import write_report  # noqa: E402
 from glipv2.jobs.schedule import Scheduler  # noqa: E402
 from glipv2.jobs.schedule_status import status_table  # noqa: E402
 from glipv2.model.folders import step_url  # noqa: E402
@@ -70,9 +71,12 @@ class Scoring:
         step = int(job.checkpoint[-6:])
         self.during(job, step)
         self.scored.append((job.suite.name, step))
+        metrics = {"ap": self.values.get(step, step / 1000)}
+        own = {"metrics": metrics, "per_category": {}, "url": "x", "images": 2}
         result = {
-            "first": "ap", "metrics": {"ap": self.values.get(step, step / 1000)}, "key": job.key,
-            "protocol": job.suite.digest, "seconds": {"predict": 0.0, "score": 0.0},
+            "suite": job.suite.name, "first": "ap", "metrics": metrics, "key": job.key,
+            "sets": {job.suite.name: own}, "protocol": job.suite.digest,
+            "seconds": {"predict": 0.0, "score": 0.0},
         }  # fmt: skip
         storage.write_json(job.url, result)
         return result
@@ -475,7 +479,7 @@ def listening() -> Iterator[Hook]:
 
 
 def test_a_fall_is_reported_once_also_when_steps_come_in_any_order(
-    run: str, val: str, scoring: Scoring, monkeypatch: pytest.MonkeyPatch
+    run: str, val: str, scoring: Scoring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schedule_alerts, "PAUSE_S", 0.01)
     scoring.values = {10: 0.5, 20: 0.48, 30: 0.3, 40: 0.31}
@@ -492,6 +496,8 @@ def test_a_fall_is_reported_once_also_when_steps_come_in_any_order(
         assert hook.got[2] == {k: v for k, v in told.items() if k not in ("sent", "tries")}
         assert told["text"] == "coco.ap fell from 0.4800 at step 20 to 0.3000 at step 30"
         assert (told["step"], told["before"]) == (30, {"step": 20, "value": 0.48})
+        page = Path(write_report(run, out=str(tmp_path / "page.html"))).read_text()
+        assert f"fall</span>: {told['text']}" in page
         scheduler(run, val, **settings).serve()
         assert len(hook.got) == 3
         commit_step(run, 50)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from glipv2.jobs import ray_jobs
+from glipv2.jobs import jobs, ray_jobs
 from glipv2.jobs.cli import main, parse
 from glipv2.jobs.jobs import table
 from glipv2.jobs.ray_jobs import connect, exit_code, follow, refuse_open
@@ -261,13 +261,19 @@ def test_a_folder_here_is_not_taken_for_a_phase_there(
 @pytest.fixture
 def server() -> Iterator[Any]:
     """A dashboard that answers everybody with `.status`."""
-    answer = SimpleNamespace(status=200, port=0, asked=0)
+    answer = SimpleNamespace(status=200, port=0, asked=0, sent=0)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             answer.asked += 1
             self.send_response(answer.status)
             self.end_headers()
+
+        def do_PUT(self) -> None:
+            answer.sent += 1
+            self.send_error(500)
+
+        do_POST = do_DELETE = do_PUT
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -295,6 +301,19 @@ def test_a_cluster_that_lets_everybody_in_is_refused(
         refuse_open("http://127.0.0.1:1")
     with pytest.raises(ConfigError, match="must be the cluster's dashboard"):
         connect("ray://head:10001")
+
+
+@pytest.mark.parametrize("words", [
+    ["submit", "label", "RECIPE"], ["submit", "evaluate", "RECIPE", "--no-wait"], ["jobs", "list"],
+    ["jobs", "logs", "mine"], ["jobs", "stop", "mine"],
+])  # fmt: skip
+def test_no_command_has_dealings_with_a_cluster_that_lets_everybody_in(
+    recipe: Path, server: Any, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(recipe) if word == "RECIPE" else word for word in words]
+    assert main([*given, "--address", f"http://0.0.0.0:{server.port}"]) == 2
+    assert "runs jobs of anybody who can reach it" in capsys.readouterr().err
+    assert (server.asked, server.sent) == (1, 0)
 
 
 def test_no_answer_of_a_job_server_is_no_wish_for_a_token(
@@ -372,6 +391,25 @@ def test_a_command_ends_as_its_job_did(ended: str, own: int | None, code: int) -
 def test_a_job_that_nobody_knows_is_said_to_be_unknown() -> None:
     with pytest.raises(DataError, match="no job 'other' on this cluster"):
         ray_jobs.details(Cluster([], "RUNNING"), "other")
+
+
+def test_jobs_are_stopped_and_their_logs_shown_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+    details = SimpleNamespace(status=SimpleNamespace(value="FAILED", is_terminal=lambda: True),
+                              driver_exit_code=75)  # fmt: skip
+    cluster = SimpleNamespace(get_job_info=lambda job: details, stop_job=told.append,
+                              get_job_logs=lambda job: f"log of {job}\n")  # fmt: skip
+    monkeypatch.setattr(jobs, "connect", lambda address: {"http://head:8265": cluster}[address])
+    there = ["--address", "http://head:8265"]
+    assert main(["jobs", "logs", "mine", *there]) == 75
+    assert capsys.readouterr().out == "log of mine\n" and not told
+    assert main(["jobs", "stop", "mine", *there]) == 0
+    said = capsys.readouterr()
+    assert told == ["mine"] and "mine is told to stop" in said.err
+    details.status = SimpleNamespace(value="RUNNING", is_terminal=lambda: False)
+    assert main(["jobs", "logs", "mine", *there]) == 0
 
 
 def test_jobs_are_listed_the_newest_first() -> None:

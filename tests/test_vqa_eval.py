@@ -13,6 +13,7 @@ from glipv2.eval.vqa import (
     question_kinds,
     vqa_accuracy,
 )
+from glipv2.pipeline.answers import CONTRACTIONS as MENDED
 from glipv2.pipeline.answers import normal_answer
 from glipv2.pipeline.errors import DataError
 from glipv2.pipeline.records import Question, Record
@@ -72,6 +73,24 @@ CONTRACTIONS = {
     "y'all'dve": "y'all'd've", "youre": "you're",
 }  # fmt: skip
 NOT_MENDED = ["im", "ive", "lets", "shes", "ill", "its", "id", "well", "were", "shell"]
+
+
+WELL_FORMED = re.compile(
+    r"(?:[a-z]+|y'all)(?:n't|'(?:d|ve|ll|re|s))+|y'all|ma'am|o'clock|'twas|'ow's'at"
+)
+
+
+@pytest.mark.parametrize("written", MENDED)
+def test_every_contraction_is_mended_by_putting_an_apostrophe_back(written):
+    mended = MENDED[written]
+    assert normal_answer(written) == mended and normal_answer(written.upper()) == mended
+    if written == "somebody'd":  # a slip of the official table
+        assert mended == "somebodyd"
+        return
+    assert len(mended) == len(written) + 1
+    assert written.replace("'", "") == mended.replace("'", "")
+    assert any(mended[:n] + mended[n + 1 :] == written for n, c in enumerate(mended) if c == "'")
+    assert normal_answer(mended) == mended and WELL_FORMED.fullmatch(mended)
 
 
 def official(text):

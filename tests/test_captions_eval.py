@@ -222,6 +222,7 @@ def test_without_java_its_scores_say_what_to_install(monkeypatch):
 
 
 def test_meteor_of_pycocoevalcap():
+    pytest.importorskip("pycocoevalcap")
     if shutil.which("java") is None:
         pytest.skip("no Java")
     perfect = java_scores(RECORDS, {key: texts[0] for key, texts in GIVEN.items()}, ["meteor"])

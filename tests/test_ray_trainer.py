@@ -4,6 +4,7 @@ The slow ones run Ray's own processes for two nodes on this machine.
 """
 
 import errno
+import os
 import shlex
 import subprocess
 import sys
@@ -92,7 +93,7 @@ class Job:
     """A rank of ours, tried as often as Ray Train would."""
 
     def __init__(self, config: RunConfig, ends: Here, folder: str) -> None:
-        self.rank = {"config": config, "ends": ends, "folder": folder}
+        self.rank = {"config": config, "ends": ends, "folder": os.getcwd()}
         self.tries = config.supervise.max_restarts + 1
 
     def fit(self) -> None:

@@ -158,10 +158,15 @@ def scored_config(run_dir: object, eval_suites: dict[str, Any], **schedule: Any)
     return config_from_tree(tree, [])
 
 
-def counting_map(done: list[Any]) -> Callable[..., Iterator[tuple[Any, Any]]]:
-    """`map_on_ray` in this process; every item that was done is added to the list."""
+def counting_map(
+    done: list[Any], pools: list[dict[str, Any]] | None = None
+) -> Callable[..., Iterator[tuple[Any, Any]]]:
+    """`map_on_ray` in this process; every item that was done, and what pool was asked for, is added
+    to the lists."""
 
-    def run(make_worker: Any, items: Iterable[Any], **_: Any) -> Iterator[tuple[Any, Any]]:
+    def run(make_worker: Any, items: Iterable[Any], **pool: Any) -> Iterator[tuple[Any, Any]]:
+        if pools is not None:
+            pools.append(pool)
         worker = make_worker()
         for item in items:
             result = worker(item)

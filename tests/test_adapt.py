@@ -167,14 +167,8 @@ def test_what_fails_does_not_stop_the_others(
 
     monkeypatch.setattr(adapt_cell, "pretrain", fail)
     cells = plan(config, {"full": config})
-    in_process = ray_map.map_on_ray
     pools: list[dict[str, Any]] = []
-
-    def noting(*given: Any, **pool: Any) -> Any:
-        pools.append(pool)
-        return in_process(*given, **pool)
-
-    monkeypatch.setattr(ray_map, "map_on_ray", noting)
+    monkeypatch.setattr(ray_map, "map_on_ray", counting_map(done, pools))
     results = adapt.adapt(config, cells)
     assert len(done) == 2
     assert pools == [{"num_actors": 5, "gpus_per_actor": 0.5, "cpus_per_actor": 3.0}]

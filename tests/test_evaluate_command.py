@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,7 @@ def test_the_command_asks_for_the_actors_of_its_recipe_and_none_for_scoring_alon
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[dict[str, Any]] = []
-    in_process = counting_map([])
-
-    def noting(*given: Any, **pool: Any) -> Iterator[tuple[Any, Any]]:
-        asked.append(pool)
-        return in_process(*given, **pool)
-
-    monkeypatch.setattr(ray_map, "map_on_ray", noting)
+    monkeypatch.setattr(ray_map, "map_on_ray", counting_map([], asked))
     step, val = save_step(str(tmp_path / "run"), 20), write_detection(tmp_path / "val")
     recipe = tmp_path / "recipe.yaml"
     own = {"suites": {"toy": {"set": val}}, "num_actors": 3, "gpus_per_actor": 0.25}

@@ -76,15 +76,18 @@ def caption_scores(records: Sequence[Record], captions: Mapping[str, str]) -> Ca
 
     DataError for a record without an entry, or without people's captions.
     """
-    found, given = _texts(records, captions)
-    said = [ptb_words(text) for text in found]
-    truths = [[ptb_words(text) for text in texts] for texts in given]
+    said, truths = _words(records, captions)
     return CaptionScores(
         bleu=bleu(said, truths),
         rouge_l=fmean(rouge_l(words, own) for words, own in zip(said, truths, strict=True)),
         cider_d=fmean(cider_d(said, truths)),
         images=len(said),
     )
+
+
+def cider_of_images(records: Sequence[Record], captions: Mapping[str, str]) -> list[float]:
+    """CIDEr-D of each caption among those of these records; their mean is that of the set."""
+    return cider_d(*_words(records, captions))
 
 
 def ptb_words(text: str) -> Words:
@@ -212,6 +215,13 @@ def check_java() -> None:
             "METEOR and SPICE need Java (8 or newer: apt-get install default-jre-headless) and "
             "pycocoevalcap (pip install 'glipv2[captions]'); the other caption scores need neither"
         )
+
+
+def _words(
+    records: Sequence[Record], captions: Mapping[str, str]
+) -> tuple[list[Words], list[list[Words]]]:
+    found, given = _texts(records, captions)
+    return [ptb_words(own) for own in found], [[ptb_words(t) for t in texts] for texts in given]
 
 
 def _texts(

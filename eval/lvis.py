@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from glipv2.eval.coco import CategoryAP
 from glipv2.eval.masks import mask_area, run_lengths
 from glipv2.pipeline.errors import DataError
 
@@ -105,8 +106,8 @@ class LvisAP:
     ap_rare: float | None
     ap_common: float | None
     ap_frequent: float | None
-    per_category: dict[int, float]
-    """LVIS category id -> ap."""
+    per_category: dict[int, CategoryAP]
+    """By LVIS category id."""
     nan_scores: int
     """Detections with a NaN as score; they are ranked below all others."""
     empty: int
@@ -185,13 +186,21 @@ def lvis_ap(
     detections, empty = _detections(truth, found, cap, by)
     images = len(truth.image_ids_I)
     ap_CAT = np.full((len(truth.category_ids_C), len(AREAS_A2), len(IOUS_T)), np.nan)
+    per_category = {}
     for category in np.unique(truth.pairs_N // images):
         its_pairs = category * images, (category + 1) * images
-        ap_CAT[category] = _category_ap(
+        precision_ATR = _category_precision(
             objects.part(objects.rows(*its_pairs)),
             detections.part(detections.rows(*its_pairs)),
             truth.not_exhaustive,
         )
+        ap_CAT[category] = ap_AT = precision_ATR.mean(axis=-1)
+        if not np.isnan(ap_AT[0, 0]):
+            per_category[int(truth.category_ids_C[category])] = CategoryAP(
+                ap=float(ap_AT[0].mean()),
+                ap50=float(ap_AT[0, 0]),
+                precision_R=tuple(precision_ATR[0, 0].tolist()),
+            )
     ap_C = ap_CAT[:, 0].mean(axis=-1)
     known_C = ~np.isnan(ap_C)
     by_area = [_mean(ap_CAT[:, area]) for area in (1, 2, 3)]
@@ -206,9 +215,7 @@ def lvis_ap(
         ap_rare=by_frequency[0],
         ap_common=by_frequency[1],
         ap_frequent=by_frequency[2],
-        per_category=dict(
-            zip(truth.category_ids_C[known_C].tolist(), ap_C[known_C].tolist(), strict=True)
-        ),
+        per_category=per_category,
         nan_scores=int(np.isnan(found.scores_K).sum()),
         empty=empty,
         dropped=found.dropped,
@@ -311,8 +318,10 @@ def _masks(truth: LvisTruth, pairs_N: np.ndarray, masks: Sequence[Any]) -> np.nd
     return encoded
 
 
-def _category_ap(truths: _Objects, found: _Objects, not_exhaustive: np.ndarray) -> np.ndarray:
-    """AP of one category, (A, T); NaN in the area ranges without an annotation."""
+def _category_precision(
+    truths: _Objects, found: _Objects, not_exhaustive: np.ndarray
+) -> np.ndarray:
+    """Precision of one category, (A, T, R); NaN in the area ranges without an annotation."""
     outside_AN = _outside(truths.areas)
     spared_AK = _outside(found.areas) | np.isin(found.pairs, not_exhaustive)
     ignored_ATK = np.repeat(spared_AK[:, None], len(IOUS_T), axis=1)
@@ -328,9 +337,7 @@ def _category_ap(truths: _Objects, found: _Objects, not_exhaustive: np.ndarray) 
         hit_ATK[..., here] = matched_ATK & ~aside_ATK
         ignored_ATK[..., here] = np.where(matched_ATK, aside_ATK, ignored_ATK[..., here])
     rank_K = np.argsort(-found.scores, kind="stable")
-    return _mean_precision(
-        hit_ATK[..., rank_K], ignored_ATK[..., rank_K], (~outside_AN).sum(axis=-1)
-    )
+    return _precision(hit_ATK[..., rank_K], ignored_ATK[..., rank_K], (~outside_AN).sum(axis=-1))
 
 
 def _outside(areas_N: np.ndarray) -> np.ndarray:
@@ -366,21 +373,21 @@ def _match(iou_KN: np.ndarray, outside_AN: np.ndarray) -> np.ndarray:
     return match_ATK
 
 
-def _mean_precision(
-    hit_ATK: np.ndarray, ignored_ATK: np.ndarray, truths_A: np.ndarray
-) -> np.ndarray:
-    """(A, T) interpolated precision, averaged over the recalls, of detections in falling order."""
+def _precision(hit_ATK: np.ndarray, ignored_ATK: np.ndarray, truths_A: np.ndarray) -> np.ndarray:
+    """(A, T, R) interpolated precision at the recalls, of detections in falling order."""
     right_ATK = hit_ATK.cumsum(axis=-1)
     wrong_ATK = (~hit_ATK & ~ignored_ATK).cumsum(axis=-1)
     precision_ATK = right_ATK / (right_ATK + wrong_ATK + np.spacing(1))
     best_after_ATK = np.maximum.accumulate(precision_ATK[..., ::-1], axis=-1)[..., ::-1]
-    ap_AT = np.full(hit_ATK.shape[:2], np.nan)
-    for area, overlap in np.ndindex(*ap_AT.shape):
+    precision_ATR = np.zeros((*hit_ATK.shape[:2], len(RECALLS)))
+    precision_ATR[truths_A == 0] = np.nan
+    for area, overlap in np.ndindex(*hit_ATK.shape[:2]):
         if truths_A[area]:
             first_R = np.searchsorted(right_ATK[area, overlap] / truths_A[area], RECALLS)
             reached_R = first_R[first_R < hit_ATK.shape[-1]]
-            ap_AT[area, overlap] = best_after_ATK[area, overlap, reached_R].sum() / len(RECALLS)
-    return ap_AT
+            best_after_R = best_after_ATK[area, overlap, reached_R]
+            precision_ATR[area, overlap, : len(reached_R)] = best_after_R
+    return precision_ATR
 
 
 def _mean(ap: np.ndarray) -> float | None:

@@ -49,13 +49,13 @@ def said_of(record: Record) -> tuple[Said, ...]:
     """The questions and the captions after the first, which the card shows by itself."""
     captions = [Said(text=plain_text(caption)) for caption in record.captions[1:]]
     questions = [
-        Said(text=plain_text(question.text), answer=plain_text(_answers(question.answers)))
+        Said(text=plain_text(question.text), answer=plain_text(answers_text(question.answers)))
         for question in record.questions
     ]
     return (*captions, *questions)
 
 
-def _answers(answers: Sequence[str]) -> str:
+def answers_text(answers: Sequence[str]) -> str:
     """`red (7 of 10), maroon (2), pink (1)`, in the form in which answers are compared."""
     counted = Counter(map(normal_answer, answers)).most_common()
     if not counted:

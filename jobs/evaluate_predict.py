@@ -111,17 +111,32 @@ def pieces(
 
     `folder` is RUN/eval, `model` a digest that tells it from others, `limit` 0 for all images.
     """
-    left, found = limit or data.samples, []
-    own = storage.join(folder, "predictions", model, f"{data.digest}-{asked.digest}")
+    return [
+        Piece(
+            checkpoint=checkpoint,
+            set_url=data.url,
+            shard=shard,
+            images=images,
+            asked=asked,
+            out=out,
+        )
+        for shard, images, out in prediction_files(folder, model, data, asked.digest, limit)
+    ]
+
+
+def prediction_files(
+    folder: str, model: str, data: ShardSet, asked: str, limit: int
+) -> Iterator[tuple[int, int, str]]:
+    """(shard, how many of its images, URL) of the files that hold what `pieces` makes; `asked` is
+    the digest of what was asked."""
+    left = limit or data.samples
+    own = storage.join(folder, "predictions", model, f"{data.digest}-{asked}")
     for number, shard in enumerate(data.shards):
         images = min(left, shard.samples)
         if images:
             name = shard.name if images == shard.samples else f"{shard.name}-first-{images}"
-            out = storage.join(own, f"{name}.json.gz")
-            found.append(Piece(checkpoint=checkpoint, set_url=data.url, shard=number,
-                               images=images, asked=asked, out=out))  # fmt: skip
+            yield number, images, storage.join(own, f"{name}.json.gz")
         left -= images
-    return found
 
 
 def missing(work: Sequence[Piece]) -> list[Piece]:
@@ -317,18 +332,20 @@ def _entry(found: "Detection") -> dict[str, Any]:
 
 def read_predictions(work: Sequence[Piece]) -> Iterator[tuple[float, dict[str, Any]]]:
     """Of each piece its seconds, and its record keys with what was predicted."""
-    for piece in work:
-        try:
-            tree = json.loads(gzip.decompress(storage.read_bytes(piece.out)))
-        except (OSError, EOFError, ValueError) as error:
-            raise DataError(
-                f"{piece.out} is damaged: {error}; delete it, and evaluate again"
-            ) from error
-        images = tree["images"]
-        for entry in images.values():
-            if isinstance(entry, dict) and "boxes" in entry:
-                entry.setdefault("names", tree["names"])
-        yield float(tree["seconds"]), images
+    return map(read_prediction_file, (piece.out for piece in work))
+
+
+def read_prediction_file(url: str) -> tuple[float, dict[str, Any]]:
+    """The seconds it took, and record keys with what was predicted; DataError for a damaged one."""
+    try:
+        tree = json.loads(gzip.decompress(storage.read_bytes(url)))
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{url} is damaged: {error}; delete it, and evaluate again") from error
+    images: dict[str, Any] = tree["images"]
+    for entry in images.values():
+        if isinstance(entry, dict) and "boxes" in entry:
+            entry.setdefault("names", tree["names"])
+    return float(tree["seconds"]), images
 
 
 def as_detection(entry: dict[str, Any]) -> "Detection":

@@ -306,6 +306,7 @@ def _result(job: Job, scores: dict[str, Scores], images: dict[str, int]) -> dict
                 "url": suite.sets[name].url,
                 "digest": suite.sets[name].digest,
                 "images": images[name],
+                "asked": suite.asked[name].digest,
                 "metrics": own.metrics,
                 "per_category": own.per_category,
             }

@@ -182,33 +182,36 @@ def _comparison(picture: Picture, seen: dict[str, Outcome]) -> Comparison:
 
 def false_box(picture: Picture, outcome: Outcome, found: Found) -> Mistake:
     """A wrong box beside the truth."""
-    truth = tuple(_symbol(box, name, TRUE, "✓") for box, name in outcome.truth)
-    wrong = _symbol(found.box, found.name, WRONG, "×", dashed=True)
+    truth = tuple(symbol_mark(box, name, TRUE, "✓") for box, name in outcome.truth)
+    wrong = symbol_mark(found.box, found.name, WRONG, "×", dashed=True)
     text = f"“{plain_text(found.name)}” {found.score:.2f}: {plain_text(found.why)}."
     return Mistake(key=outcome.key, picture=replace(picture, marks=(*truth, wrong)), text=text)
 
 
 def missed_object(picture: Picture, outcome: Outcome, missed: Missed) -> Mistake:
     """A true object without a box."""
-    mark = _symbol(missed.box, missed.name, TRUE, "?")
+    mark = symbol_mark(missed.box, missed.name, TRUE, "?")
     best = f"best box here scored {missed.best_score:.2f}" if missed.best_score else "no box here"
     text = f"“{plain_text(missed.name)}” was not found: {best}."
     return Mistake(key=outcome.key, picture=replace(picture, marks=(mark,)), text=text)
 
 
-def well_found(picture: Picture, outcome: Outcome) -> Mistake:
-    """The boxes of an image; those that are wrong, if any, are dashed."""
+def well_found(picture: Picture, outcome: Outcome, of: int, what: str) -> Mistake:
+    """The boxes of an image with `of` objects or phrases; those that are wrong are dashed."""
     numbers = {name: n for n, name in enumerate(dict.fromkeys(f.name for f in outcome.found))}
     marks = tuple(
         box_mark(f.box, f.name, numbers[f.name], f.score, dashed=not f.right)
         for f in reversed(outcome.found)
     )
     names = ", ".join(f"{number + 1} {plain_text(name)}" for name, number in numbers.items())
-    text = f"{names}: {outcome.right} of {_count(len(outcome.truth), 'object')} found."
+    text = f"{names}: {outcome.right} of {_count(of, what)} found."
     return Mistake(key=outcome.key, picture=replace(picture, marks=marks), text=text)
 
 
-def _symbol(box: Sequence[float], name: str, number: int, tag: str, dashed: bool = False) -> Mark:
+def symbol_mark(
+    box: Sequence[float], name: str, number: int, tag: str, dashed: bool = False
+) -> Mark:
+    """A box in a colour of the palette, with a sign in its corner."""
     return replace(box_mark(box, name, number, dashed=dashed), tag=tag)
 
 

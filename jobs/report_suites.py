@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from glipv2.jobs.plots import Plot, Series, line_plot
-from glipv2.jobs.report_details import Detail, detail
+from glipv2.jobs.report_details import Detail, details
 from glipv2.jobs.report_scored import Scored, results_by_suite
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ class SuiteTable:
     """Of a suite of several sets."""
     settings: list[tuple[str, str]]
     """Whose, and data and settings as YAML; several where runs differ."""
-    detail: Detail | None
-    """Of the step that is best by the first metric."""
+    details: list[Detail]
+    """Of each set, by the step that is best by the first metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def _table(suite: str, scored: list[Scored]) -> SuiteTable:
         published=published,
         by_set=_by_set(suite, [_best(_of_run(own), first) for own in runs], first, protocol),
         settings=_settings(runs),
-        detail=detail(best.result, best.run_dir, best.name),
+        details=details(best.result, best.run_dir, best.name),
     )
 
 

@@ -119,6 +119,26 @@ def write_tasks(folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in sets}
 
 
+def write_scored_tasks(folder: Path) -> Path:
+    """FOLDER/run, where a model was really scored on a suite of each task."""
+    (folder / "model-x").mkdir()
+    for name, content in tiny_model(0, heads=True).items():
+        (folder / "model-x" / name).write_bytes(content)
+    own = write_tasks(folder)
+    suites = {
+        "coco": {"set": write_detection(folder / "val"), "masks": True, "limit": 3},
+        "lvis-minival": {"set": own["lvis"], "task": "lvis", "masks": True},
+        "flickr30k": {"set": str(folder / "val"), "task": "phrases", "limit": 3},
+        "refcoco": {"set": own["referring"], "task": "referring"},
+        "phrasecut": {"set": own["referring"], "task": "segmentation"},
+        "vqav2": {"set": own["vqa"], "task": "vqa"},
+        "coco-captions": {"set": own["captioning"], "task": "captioning", "beams": 1},
+    }
+    config = scored_config(folder / "run", suites)
+    evaluate_suites(config, {"model": str(folder / "model-x")})
+    return folder / "run"
+
+
 def write_result(
     run: Path,
     suite: str,

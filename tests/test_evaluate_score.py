@@ -86,9 +86,14 @@ def test_lvis_has_fixed_and_classic_ap_and_fixed_ap_of_masks() -> None:
         **fixed.to_dict(), **prefixed("classic", classic.to_dict()),
         **prefixed("mask", masks.to_dict()),
     }  # fmt: skip
+    names = dict(zip(fixed.per_category, CATEGORIES, strict=True))
     assert {name: own["ap"] for name, own in result.per_category.items()} == pytest.approx(
         {"cat": 1, "dog": 1, "emu": 1}
     )
+    for number, expected in fixed.per_category.items():
+        own = result.per_category[names[number]]
+        assert (own["ap"], own["ap50"]) == (expected.ap, expected.ap50)
+        assert own["precision"] == pytest.approx(expected.precision_R, abs=1e-4)
     without = score(SuiteConfig(set="x", task="lvis"), opened(frequency=FREQUENCY), ZOO, FOUND)
     assert not [name for name in without.metrics if name.startswith("mask_")]
 

@@ -125,7 +125,13 @@ def test_federated_case_worked_out_on_paper():
     for by in ("box", "mask"):
         for cap in (FIXED, CLASSIC):
             result = lvis_ap(truth, detections(*rows, masks=masks), cap, by=by)
-            assert result.per_category == pytest.approx({CAT: cat, DOG: dog, EMU: emu})
+            own = result.per_category
+            assert {c: one.ap for c, one in own.items()} == pytest.approx(
+                {CAT: cat, DOG: dog, EMU: emu}
+            )
+            assert own[CAT].precision_R == pytest.approx([1] * 51 + [2 / 3] * 50)
+            assert own[DOG].precision_R == pytest.approx([1 / 2] * 101)
+            assert (own[CAT].ap50, own[DOG].ap50, own[EMU].ap50) == pytest.approx((cat, dog, 1))
             assert result.ap == pytest.approx((cat + dog + emu) / 3)
             assert result.ap50 == pytest.approx((cat + dog + 1) / 3)
             assert result.ap75 == pytest.approx((cat + dog + 0) / 3)
@@ -148,20 +154,22 @@ def test_only_classic_ap_loses_what_is_behind_300_better_detections_of_its_image
     truth = lvis_truth(paper_document())
     better = [(2, FOX, 0.9, NOWHERE)] * 299
     found = detections(*better, (2, DOG, 0.1, MEDIUM))
-    assert lvis_ap(truth, found, CLASSIC).per_category[DOG] == pytest.approx(1)
+    assert lvis_ap(truth, found, CLASSIC).per_category[DOG].ap == pytest.approx(1)
     found = detections(*better, (2, FOX, 0.9, SMALL), (2, DOG, 0.1, MEDIUM))
-    assert lvis_ap(truth, found, CLASSIC).per_category[DOG] == 0
-    assert lvis_ap(truth, found, FIXED).per_category[DOG] == pytest.approx(1)
+    assert lvis_ap(truth, found, CLASSIC).per_category[DOG].ap == 0
+    assert lvis_ap(truth, found, FIXED).per_category[DOG].ap == pytest.approx(1)
 
 
 def test_fixed_ap_keeps_the_best_10_000_of_a_category_judged_or_not():
     truth = lvis_truth(paper_document())
     elsewhere = [(7, DOG, 0.9, SMALL)] * 9_999  # nothing is known of dogs in image 7
     found = detections(*elsewhere, (2, DOG, 0.1, MEDIUM), (1, CAT, 0.01, SMALL))
-    assert lvis_ap(truth, found).per_category[DOG] == pytest.approx(1)
+    assert lvis_ap(truth, found).per_category[DOG].ap == pytest.approx(1)
     found = detections(*elsewhere, (7, DOG, 0.9, SMALL), (2, DOG, 0.1, MEDIUM))
-    assert lvis_ap(truth, found).per_category[DOG] == 0
-    assert lvis_ap(truth, found, replace(FIXED, count=10_001)).per_category[DOG] == pytest.approx(1)
+    assert lvis_ap(truth, found).per_category[DOG].ap == 0
+    assert lvis_ap(truth, found, replace(FIXED, count=10_001)).per_category[
+        DOG
+    ].ap == pytest.approx(1)
 
 
 def test_a_nan_score_ranks_last_and_boxes_without_area_are_left_out_both_counted():
@@ -169,13 +177,13 @@ def test_a_nan_score_ranks_last_and_boxes_without_area_are_left_out_both_counted
     nan = float("nan")
     wrong = (1, CAT, 0.0, NOWHERE)
     result = lvis_ap(truth, detections((1, CAT, nan, SMALL), wrong))
-    assert result.per_category[CAT] == pytest.approx(51 / 2 / 101)  # precision 1/2 to recall 1/2
+    assert result.per_category[CAT].ap == pytest.approx(51 / 2 / 101)  # precision 1/2 to recall 1/2
     assert result.nan_scores == 1
     capped = lvis_ap(truth, detections((1, CAT, nan, SMALL), wrong), Cap(per="category", count=1))
-    assert capped.per_category[CAT] == 0
+    assert capped.per_category[CAT].ap == 0
     flat = [(1, CAT, 0.9, box) for box in [(5, 5, 5, 9), (9, 5, 5, 9), (0, 0, nan, 9)]]
     result = lvis_ap(truth, detections(*flat, (1, CAT, 0.1, SMALL)))
-    assert result.per_category[CAT] == pytest.approx(51 / 101)
+    assert result.per_category[CAT].ap == pytest.approx(51 / 101)
     assert result.empty == 3
 
 
@@ -234,7 +242,7 @@ def lvis():
 
 
 def judge(lvis, tmp_path, document, found, cap, by):
-    """The nine figures of `lvis`, None for its -1."""
+    """The nine figures of `lvis`, None for its -1, and its precision (T, R) of each category."""
     (tmp_path / "truth.json").write_text(json.dumps(document))
     rows = []
     for row, (x0, y0, x1, y1) in enumerate(found.boxes_K4.tolist()):
@@ -262,7 +270,14 @@ def judge(lvis, tmp_path, document, found, cap, by):
     evaluation = lvis.LVISEval(truth, results, iou_type={"box": "bbox", "mask": "segm"}[by])
     evaluation.run()
     figures = {name: evaluation.get_results()[name] for name in FIELDS}
-    return {name: None if value == -1 else value for name, value in figures.items()}
+    precision_TRC = evaluation.eval["precision"][..., 0]
+    by_category = dict(
+        zip(evaluation.params.cat_ids, precision_TRC.transpose(2, 0, 1), strict=True)
+    )
+    return {
+        **{name: None if value == -1 else value for name, value in figures.items()},
+        "precision": {n: own for n, own in by_category.items() if own[0, 0] != -1},
+    }
 
 
 def random_case(seed, images=12, categories=9, found_per_image=60):
@@ -314,6 +329,12 @@ def random_box(rng, smallest=1):
 def assert_same(result, expected):
     for name, field in FIELDS.items():
         assert getattr(result, field) == pytest.approx(expected[name], abs=1e-6), name
+    assert set(result.per_category) == set(expected["precision"])
+    for category, own in result.per_category.items():
+        precision_TR = expected["precision"][category]
+        assert own.ap == pytest.approx(precision_TR.mean(), abs=1e-6)
+        assert own.ap50 == pytest.approx(precision_TR[0].mean(), abs=1e-6)
+        assert own.precision_R == pytest.approx(precision_TR[0], abs=1e-6)
 
 
 @pytest.mark.parametrize("by", ["box", "mask"])

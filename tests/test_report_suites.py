@@ -16,18 +16,14 @@ from scored_runs import (  # noqa: E402
     IMAGES,
     SHARDS,
     counting_map,
-    scored_config,
-    tiny_model,
-    write_detection,
     write_result,
     write_scored_runs,
-    write_tasks,
+    write_scored_tasks,
 )
 
 from glipv2.eval.odinw import odinw_sets  # noqa: E402
 from glipv2.eval.published import published  # noqa: E402
 from glipv2.jobs.cli import main  # noqa: E402
-from glipv2.jobs.evaluate import evaluate_suites  # noqa: E402
 from glipv2.jobs.report import write_report  # noqa: E402
 from glipv2.jobs.report_runs import costs  # noqa: E402
 from glipv2.jobs.report_scored import alerts, run_name  # noqa: E402
@@ -132,37 +128,38 @@ def assert_curve(line, precision_R):
 
 def test_categories_curves_and_pictures_are_those_of_the_best_step(scored):
     [toy, words] = suite_tables([str(scored / "one")])
-    assert words.detail is None  # phrases have no categories
+    [detail], [of_words] = toy.details, words.details
+    assert not of_words.categories and of_words.examples  # phrases have no categories
     result = json.loads((scored / "one" / "eval" / "step-000020" / "toy.json").read_text())
     per_category = {k: v for k, v in result["sets"]["toy"]["per_category"].items()
                     if v["ap"] is not None}  # fmt: skip
-    aps = [f"{per_category[name]['ap']:.3f}" for name, _, _ in toy.detail.categories]
-    assert aps == sorted(aps, reverse=True) == [ap for _, ap, _ in toy.detail.categories]
+    aps = [f"{per_category[name]['ap']:.3f}" for name, _, _ in detail.categories]
+    assert aps == sorted(aps, reverse=True) == [ap for _, ap, _ in detail.categories]
     assert len(aps) == len(per_category) > 1
-    mean, best, worst = toy.detail.plot.lines
-    names = [name for name, _, _ in toy.detail.categories]
-    assert [name for name, _ in toy.detail.key] == ["all categories", names[0], names[-1]]
+    mean, first, last = detail.plot.lines
+    names = [name for name, _, _ in detail.categories]
+    assert [name for name, _ in detail.key] == ["all categories", names[0], names[-1]]
     curves = [own["precision"] for own in per_category.values()]
     assert_curve(mean, [fmean(column) for column in zip(*curves, strict=True)])
-    assert_curve(best, per_category[names[0]]["precision"])
-    assert_curve(worst, per_category[names[-1]]["precision"])
-    shown_examples = toy.detail.examples
-    assert shown_examples.images == SHARDS * IMAGES
+    assert_curve(first, per_category[names[0]]["precision"])
+    assert_curve(last, per_category[names[-1]]["precision"])
+    assert f"the first {SHARDS * IMAGES} images, boxes scored" in detail.examples.note
+    (_, best), (_, false), (_, missed) = detail.examples.groups
     truth = {record.key: record for record in iterate_records(str(scored / "val"))}
-    for mistake in (*shown_examples.false, *shown_examples.missed):
+    for mistake in (*best, *false, *missed):
         assert mistake.picture.uri.startswith("data:image/jpeg")
         assert mistake.picture.width == truth[mistake.key].width
-    assert shown_examples.missed or shown_examples.false
+    assert missed or false
     page = shown(Path(write_report(str(scored / "one"))))
     assert_self_contained(page)
     drawn = [line["points"] for line in page.all("polyline")]
-    assert {line.points for line in (mean, best, worst)} <= set(drawn)
+    assert {line.points for line in (mean, first, last)} <= set(drawn)
     assert "Precision over recall, IoU 0.5" in page.text
-    assert "Objects it came least near to" in page.html or "Wrong boxes" in page.html
+    assert ("Objects it came least near to" in page.text) == bool(missed)
     for gone in (scored / "one" / "eval" / "predictions").rglob("*.gz"):
         gone.unlink()
-    [toy, _] = suite_tables([str(scored / "one")])
-    assert toy.detail.examples is None and toy.detail.categories
+    [toy, words] = suite_tables([str(scored / "one")])
+    assert toy.details[0].examples is None and toy.details[0].categories and not words.details
 
 
 def test_several_runs_stand_side_by_side(scored, capsys):
@@ -242,29 +239,14 @@ def test_sets_of_a_suite_stand_beside_what_was_published_of_them(tmp_path):
 @pytest.fixture(scope="module")
 def by_task(tmp_path_factory):
     """Suite -> its table, of a model that was really scored on a suite of each task."""
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "model-x").mkdir()
-    for name, content in tiny_model(0, heads=True).items():
-        (folder / "model-x" / name).write_bytes(content)
-    own = write_tasks(folder)
-    suites = {
-        "coco": {"set": write_detection(folder / "val"), "masks": True, "limit": 3},
-        "lvis-minival": {"set": own["lvis"], "task": "lvis", "masks": True},
-        "flickr30k": {"set": str(folder / "val"), "task": "phrases", "limit": 3},
-        "refcoco": {"set": own["referring"], "task": "referring"},
-        "phrasecut": {"set": own["referring"], "task": "segmentation"},
-        "vqav2": {"set": own["vqa"], "task": "vqa"},
-        "coco-captions": {"set": own["captioning"], "task": "captioning", "beams": 1},
-    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_map, "map_on_ray", counting_map([]))
-        config = scored_config(folder / "run", suites)
-        evaluate_suites(config, {"model": str(folder / "model-x")})
-    [captions] = (folder / "run" / "eval").glob("*/coco-captions.json")
+        run = write_scored_tasks(tmp_path_factory.mktemp("tasks"))
+    [captions] = (run / "eval").glob("*/coco-captions.json")
     result = json.loads(captions.read_text())
     result["metrics"] |= {"meteor": 0.25, "spice": 0.125}  # as with java: true
     captions.write_text(json.dumps(result))
-    return {table.name: table for table in suite_tables([str(folder / "run")])}
+    return {table.name: table for table in suite_tables([str(run)])}
 
 
 ASKED_FOR = {
@@ -334,7 +316,7 @@ def test_best_found_are_the_images_with_most_right(scored):
             tree["images"][key] = {"boxes": boxes, "scores": scores, "labels": labels}
         file.write_bytes(gzip.compress(json.dumps(tree).encode()))
     [toy, _] = suite_tables([str(run)])
-    *best, last = toy.detail.examples.best
+    [(_, (*best, last)), *_] = toy.details[0].examples.groups
     counts = [len(truth[own.key].regions) for own in best]
     assert sorted(own.key for own in best) == good and counts == sorted(counts, reverse=True)
     for own, count in zip(best, counts, strict=True):

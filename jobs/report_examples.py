@@ -35,7 +35,7 @@ from glipv2.jobs.report_pictures import (
     well_found,
 )
 from glipv2.pipeline import storage
-from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.errors import BadSample, DataError
 from glipv2.pipeline.records import Record
 from glipv2.pipeline.shard_format import ShardSet
 from glipv2.pipeline.shard_reader import open_shard_set
@@ -59,11 +59,11 @@ class SuitePictures:
 
 
 def suite_pictures(result: Mapping[str, Any], name: str, run_dir: str) -> SuitePictures | None:
-    """Of one set of a result; None where predictions or shards are gone."""
+    """Of one set of a result; None where predictions or shards are gone or damaged."""
     own, settings = result["sets"][name], result.get("settings", {})
     if "asked" not in own:
         return None
-    with suppress(DataError, storage.MissingFileError):
+    with suppress(BadSample, DataError, storage.MissingFileError):
         data = open_shard_set(own["url"])
         files = prediction_files(
             storage.join(run_dir, "eval"), result["checkpoint"]["digest"], data, own["asked"],

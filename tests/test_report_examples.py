@@ -246,6 +246,29 @@ def test_each_set_of_a_suite_is_shown(tmp_path, monkeypatch):
         assert f"step 20 on {name}: categories and pictures" in told
 
 
+@pytest.mark.parametrize("what", ["shard", "predictions"])
+def test_what_was_damaged_since_leaves_its_pictures_out(run, what, monkeypatch):
+    [own] = result_of(run, "refcoco")["sets"].values()
+    if what == "shard":
+        copy = run / "copy"
+        shutil.copytree(own["url"], copy)
+        damaged = next(copy.glob("*.tar"))
+        content = bytearray(damaged.read_bytes())
+        content[700] ^= 1
+        place = {own["url"]: str(copy)}
+        opened = report_examples.open_shard_set
+        monkeypatch.setattr(
+            report_examples, "open_shard_set", lambda url: opened(place.get(url, url))
+        )
+    else:
+        damaged = next((run / "eval" / "predictions").glob(f"*/*-{own['asked']}/*.gz"))
+        content = damaged.read_bytes()[:50]
+    damaged.write_bytes(content)
+    tables = {table.name: table for table in suite_tables([str(run)])}
+    assert tables["refcoco"].details == [] and tables["coco"].details
+    assert tables["refcoco"].ours  # its figures stay
+
+
 def test_only_the_first_images_are_looked_at(run, monkeypatch):
     monkeypatch.setattr(report_examples, "IMAGES", 3)
     table = next(table for table in suite_tables([str(run)]) if table.name == "refcoco")

@@ -38,7 +38,7 @@ CHECKLIST = {
         "truncated": [DAMAGED_TAR, NO_TAR, REPLACED, EVERY_DAMAGE],
         "bit-flipped": [
             EVERY_DAMAGE,
-            "test_shards.py::test_an_altered_byte_condemns_its_own_sample_only",
+            "test_damaged_shards.py::test_an_altered_byte_condemns_its_own_sample_only",
             "test_check.py::test_a_flipped_bit_is_found_with_its_sample_and_its_place",
             f"{WEB}::test_no_damage_makes_a_traceback_and_members_stay_inside",
         ],
@@ -176,7 +176,7 @@ CHECKLIST = {
     },
     "11 manifest: refused": {
         "edited": [
-            "test_shards.py::test_an_edited_manifest_is_refused",
+            "test_damaged_shards.py::test_an_edited_manifest_is_refused",
             "test_check.py::test_a_damaged_manifest_is_a_problem_in_the_list",
             f"{TEXT}::test_a_manifest_that_json_can_not_hold_is_refused",
         ],

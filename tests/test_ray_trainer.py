@@ -6,9 +6,11 @@ The slow ones run Ray's own processes for two nodes on this machine.
 import errno
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,15 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import ROOT, finish, small_training, start, wait_for  # noqa: E402
+from commands import (  # noqa: E402
+    ROOT,
+    command_line,
+    descendants,
+    finish,
+    small_training,
+    start,
+    wait_for,
+)
 
 from glipv2.jobs.cli import CAN_BE_RUN_AGAIN, main  # noqa: E402
 from glipv2.jobs.pretrain import check_ranks  # noqa: E402
@@ -237,7 +247,8 @@ def test_a_node_that_is_to_go_costs_no_step(
     arguments = (recipe, f"run_dir={run}", "train.checkpoint_every=1000")
     process = start("pretrain", *arguments, "--address", two_nodes.address)
     wait_for(process, lambda: made(run) >= 4)
-    drain(two_nodes, two_nodes.nodes[1])
+    with held_ranks():  # they must not end while the command starts
+        drain(two_nodes, two_nodes.nodes[1])
     wait_for(process, lambda: bool(committed_steps(str(run))))
     saved = committed_steps(str(run))[-1]
     assert saved >= made(run) - 1 and saved < STEPS
@@ -245,6 +256,17 @@ def test_a_node_that_is_to_go_costs_no_step(
     said = process.communicate(timeout=900)
     assert process.returncode == 0, said
     assert_the_same(run, expected)
+
+
+@contextmanager
+def held_ranks() -> Iterator[None]:
+    workers = [pid for pid in descendants(os.getpid()) if "RayTrainWorker" in command_line(pid)]
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    yield
+    for worker in workers:
+        os.kill(worker, signal.SIGCONT)
 
 
 def drain(nodes: Nodes, node: Any) -> None:

@@ -223,9 +223,7 @@ def _of_masks(
 
 def _mask_mark(record: Record, mask: Any, name: str, number: int, tag: str) -> Mark | None:
     """None for a mask without a pixel."""
-    counts = mask["counts"]
-    text = {**mask, "counts": counts.decode() if isinstance(counts, bytes) else counts}
-    overlay = mask_overlay(record, text, palette_color(number), LONG_SIDE)
+    overlay = mask_overlay(record, dict(mask), palette_color(number), LONG_SIDE)
     if overlay is None:
         return None
     right, bottom = overlay.x + overlay.width, overlay.y + overlay.height

@@ -1,12 +1,18 @@
 """A small shard set, and its bytes."""
 
 import sys
+import uuid
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sample_records import CATEGORIES, record  # noqa: E402
 
 from glipv2.pipeline import shards, storage  # noqa: E402
+
+
+def set_on_store(store, tmp_path):
+    """Where a set may be written, on "local" disk or in "memory"."""
+    return str(tmp_path / "set") if store == "local" else f"memory://{uuid.uuid4().hex}"
 
 
 def records(count):

@@ -5,13 +5,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
 from scored_runs import scored_config  # noqa: E402
 
+from glipv2.jobs import schedule  # noqa: E402
 from glipv2.jobs.schedule import Scheduler  # noqa: E402
 from glipv2.model.folders import step_url  # noqa: E402
 from glipv2.pipeline import storage  # noqa: E402
 from glipv2.pipeline.checkpoint import write_folder  # noqa: E402
+
+STORES = ["local", "memory", pytest.param("s3", marks=pytest.mark.slow)]
+
+
+def run_on_store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty run folder on the store, one of STORES, that the fixture is asked for."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3_folder')}/run"
+    name = request.node.name.replace("[", "-").replace("]", "")
+    return str(tmp_path / "run") if request.param == "local" else f"memory://{name}/run"
 
 
 def commit_step(run: str, step: int, content: bytes = b"weights") -> None:
@@ -41,6 +54,13 @@ class Scoring:
         }  # fmt: skip
         storage.write_json(job.url, result)
         return result
+
+
+def scored_by_table(monkeypatch: pytest.MonkeyPatch) -> Scoring:
+    """The stand-in, from now on what schedulers score with."""
+    stand_in = Scoring()
+    monkeypatch.setattr(schedule, "evaluate_suite", stand_in)
+    return stand_in
 
 
 def scheduler(run: str, val: str, once: bool = True, **settings: Any) -> Scheduler:

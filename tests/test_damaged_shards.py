@@ -1,13 +1,12 @@
 """A shard set that was cut, altered or mixed up since it was written: who notices, what is told."""
 
 import sys
-import uuid
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sample_shards import records, write_set  # noqa: E402
+from sample_shards import records, set_on_store, write_set  # noqa: E402
 
 from glipv2.pipeline import shard_reader, shards, storage  # noqa: E402
 from glipv2.pipeline.errors import BadSample, DataError  # noqa: E402
@@ -15,7 +14,7 @@ from glipv2.pipeline.errors import BadSample, DataError  # noqa: E402
 
 @pytest.fixture(params=["local", "memory"])
 def folder(request, tmp_path):
-    return str(tmp_path / "set") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+    return set_on_store(request.param, tmp_path)
 
 
 def test_a_truncated_shard_is_an_error_with_file_and_sizes_before_any_sample(folder):

@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from schedule_runs import Scoring, alerts, commit_step, scheduler  # noqa: E402
+from schedule_runs import (  # noqa: E402
+    STORES,
+    Scoring,
+    alerts,
+    commit_step,
+    run_on_store,
+    scheduler,
+    scored_by_table,
+)
 from scored_runs import save_step, scored_config, write_detection  # noqa: E402
 
 from glipv2.jobs import schedule, schedule_attempts  # noqa: E402
@@ -36,12 +44,9 @@ def val(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_detection(tmp_path_factory.mktemp("data") / "val")
 
 
-@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.slow)])
+@pytest.fixture(params=STORES)
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "s3":
-        return f"{request.getfixturevalue('s3_folder')}/run"
-    name = request.node.name.replace("[", "-").replace("]", "")
-    return str(tmp_path / "run") if request.param == "local" else f"memory://{name}/run"
+    return run_on_store(request, tmp_path)
 
 
 @pytest.fixture
@@ -51,9 +56,7 @@ def local(tmp_path: Path) -> str:
 
 @pytest.fixture
 def scoring(monkeypatch: pytest.MonkeyPatch) -> Scoring:
-    stand_in = Scoring()
-    monkeypatch.setattr(schedule, "evaluate_suite", stand_in)
-    return stand_in
+    return scored_by_table(monkeypatch)
 
 
 def best_file(run: str, metric: str = "coco.ap") -> dict[str, Any]:

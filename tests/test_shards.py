@@ -4,7 +4,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import uuid
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import webdataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sample_records import CATEGORIES, jpeg, record  # noqa: E402
-from sample_shards import contents, records, write_set  # noqa: E402
+from sample_shards import contents, records, set_on_store, write_set  # noqa: E402
 
 from glipv2.pipeline import shard_reader, shards, storage  # noqa: E402
 from glipv2.pipeline.errors import DataError  # noqa: E402
@@ -22,7 +21,7 @@ from glipv2.pipeline.scratch import scratch_folder  # noqa: E402
 
 @pytest.fixture(params=["local", "memory"])
 def folder(request, tmp_path):
-    return str(tmp_path / "set") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+    return set_on_store(request.param, tmp_path)
 
 
 def test_records_come_back_equal_and_in_order(folder):
@@ -45,7 +44,7 @@ def test_plain_webdataset_reads_our_shards(tmp_path):
 
 
 def test_the_same_records_give_the_same_bytes_anywhere(tmp_path):
-    one, two = str(tmp_path / "one"), f"memory://{uuid.uuid4().hex}"
+    one, two = str(tmp_path / "one"), set_on_store("memory", tmp_path)
     assert write_set(one).digest == write_set(two).digest
     assert contents(one) == contents(two)
 

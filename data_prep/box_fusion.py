@@ -41,8 +41,10 @@ def fuse(found: Sequence[Detection]) -> Detection:
 
     A fused box is the mean of its members, weighted by their scores; where a box lacks the
     agreement of all teachers, its score falls by as much. Scores must be positive. The order of
-    the teachers doesn't matter beyond rounding.
+    the teachers doesn't matter: among equal scores, which the paper leaves open, that teacher goes
+    first whose `_rows` are the lowest.
     """
+    found = sorted(found, key=_rows)
     boxes_K4 = torch.cat([detection.boxes_K4 for detection in found]).double()
     scores_K = torch.cat([detection.scores_K for detection in found]).double()
     labels_K = torch.cat([detection.labels_K for detection in found])
@@ -73,7 +75,7 @@ def _fuse_phrase(
     """
     weighted_C4, sums_C = boxes_K4.new_zeros(0, 4), scores_K.new_zeros(0)
     member_CN = torch.zeros(0, count, dtype=torch.bool)
-    for k in _best_first(boxes_K4, scores_K):
+    for k in scores_K.argsort(descending=True, stable=True).tolist():
         overlap_C = pairwise_iou(boxes_K4[k : k + 1], weighted_C4 / sums_C[:, None])[0]
         overlap_C = overlap_C.masked_fill(member_CN[:, teachers_K[k]], -1)
         if len(sums_C) and overlap_C.max() >= SAME_OBJECT:
@@ -89,7 +91,7 @@ def _fuse_phrase(
     return weighted_C4 / sums_C[:, None], sums_C
 
 
-def _best_first(boxes_K4: Tensor, scores_K: Tensor) -> list[int]:
-    """Equal scores in the order of their boxes, so that the order of teachers decides nothing."""
-    keys = torch.cat([-scores_K[:, None], boxes_K4], dim=1).tolist()
-    return sorted(range(len(keys)), key=keys.__getitem__)
+def _rows(detection: Detection) -> list[list[float]]:
+    """Score, label and box of everything found, best first: equal for equal findings only."""
+    labels_K, scores_K = detection.labels_K[:, None], detection.scores_K[:, None]
+    return torch.cat([scores_K, labels_K, detection.boxes_K4], dim=1).tolist()

@@ -33,6 +33,8 @@ from glipv2.pipeline.records import Record, Region
 from glipv2.pipeline.shard_format import RawSample, ShardSet
 from glipv2.pipeline.shard_reader import raw_samples
 
+VERSION = 2
+"""Of the labels; a change of how they are made raises it."""
 KILLED = "killed_worker"
 """Reason of a pair that workers died on."""
 FAILED = "teacher_failed"

@@ -70,7 +70,7 @@ A run goes on from its newest committed checkpoint, on any number of ranks.""",
   glipv2 label infra/recipes/quickstart.yaml
   glipv2 label my.yaml label.teacher=runs/mine 'label.num_actors=[4,16]' --address auto
   glipv2 label audit check.csv
-Shards that are committed are never redone; other settings need another output set.
+Shards that are committed are never redone; other settings need another output set, or --force.
 `audit FILE` gives the precision of the labels from a file of `glipv2 view --csv` whose last column
 somebody filled in: 1, yes or y for right, 0, no or n for wrong, nothing for not checked.""",
     "export": """

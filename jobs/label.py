@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only remove what killed workers left behind in the output sets",
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="go on with output sets that were begun with other settings: their shards stay",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,14 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from glipv2.jobs.label_estimate import print_estimate
 
-        return print_estimate(config, arguments.price)
+        return print_estimate(config, arguments.price, arguments.force)
     with stage(config.run_dir, "label"):
-        print(label(config))  # noqa: T201 - the answer of the command
+        print(label(config, arguments.force))  # noqa: T201 - the answer of the command
     return 0
 
 
-def label(config: RunConfig) -> str:
-    """Label every set of `label.inputs` with the teacher; finished shards are never redone.
+def label(config: RunConfig, force: bool = False) -> str:
+    """Label every set of `label.inputs` with the teacher; finished shards are never redone, and
+    with `force` stay also where they were made with other settings.
 
     Returns what became of each set, to be shown. A set of which shards were given up is an error,
     once all others are done.
@@ -79,7 +85,7 @@ def label(config: RunConfig) -> str:
     listed = storage.join(folder, "quarantine.jsonl")
     given_up = list[PoisonItemError | MachinesLostError]()
     with exclusive(folder):
-        plan = make_plan(config)
+        plan = make_plan(config, force)
         if plan.gold:
             said.append(str(plan.gold))
             if plan.gold.missed:
@@ -117,7 +123,7 @@ def label_set(plan: "Plan", source: str, out: str) -> "tuple[list[ShardInfo], st
     from glipv2.pipeline.shards import write_manifest
 
     pairs = open_shard_set(plan.config.set_url(source))
-    claim(plan, pairs, out)
+    accepted = claim(plan, pairs, out)
     shards = list(committed(out, (shard.name for shard in pairs.shards)))
     known = storage.join(plan.config.run_dir, "labels", "killers.json")
     killers = Killers(known, pairs.digest)
@@ -128,13 +134,13 @@ def label_set(plan: "Plan", source: str, out: str) -> "tuple[list[ShardInfo], st
     ]
     done = [shard for shard in shards if shard is not None]
     for shard in done:
-        check_made_so(plan, out, shard)
+        check_made_so(accepted, out, shard)
     workers = min(len(todo), plan.settings.num_actors[1])
     with closing(Shown(source, pairs.samples, done, workers)) as shown:
         for task, shard in label_on_ray(
             plan.settings, pairs, todo, out, plan.stamp, killers, shown.watch
         ):
-            check_made_so(plan, out, shard)
+            check_made_so(accepted, out, shard)
             shards[task.number] = shard
             shown.update(task.number, shard)
     finished = [shard for shard in shards if shard is not None]
@@ -205,7 +211,9 @@ def check_same_here(settings: LabelConfig, stamp: dict[str, str]) -> None:
     here = what_decides(settings)
     if (found := stamp_of(here)) == stamp:
         return
-    wrong = f"a parser ({here['parser']})"
+    wrong = f"a glipv2 (labels of version {here['version']})"
+    if found["parser"] != stamp["parser"]:
+        wrong = f"a parser ({here['parser']})"
     if found["teacher"] != stamp["teacher"]:
         names = ", ".join((settings.teacher, *settings.ensemble))
         wrong = f"a teacher ({names}: {found['teacher']} instead of {stamp['teacher']})"

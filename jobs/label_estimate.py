@@ -29,15 +29,15 @@ class Sample:
     """Of each pair, once the worker is warm."""
 
 
-def print_estimate(config: RunConfig, price: float) -> int:
+def print_estimate(config: RunConfig, price: float, force: bool = False) -> int:
     """Print the plan; `price` is what a worker costs per hour. Output sets are not touched, and
-    refused like by the labelling itself when they were begun with other settings.
+    without `force` refused like by the labelling itself when they were begun with other settings.
 
     A threshold that is to be calibrated is chosen, and kept for the labelling itself.
     """
     from glipv2.pipeline.shards import committed_names, open_shard_set
 
-    plan = make_plan(config)
+    plan = make_plan(config, force)
     lines = [f"teacher: {', '.join((plan.settings.teacher, *plan.settings.ensemble))}"]
     lines += [f"{key}: {plan.deciding[key]}" for key in (*DECIDING, "parser")]
     if plan.gold:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,17 @@ from glipv2.pipeline.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from glipv2.pipeline.shard_format import ShardInfo, ShardSet
 
+log = logging.getLogger(__name__)
+
 CALIBRATION_FLOOR = 0.05
 """Lowest score that is looked at when the threshold is chosen."""
 SETTINGS = "label.json"
-"""In a labelled set's folder: what decides its content. Written before the first shard, and not
-changed once there is one."""
+"""In a labelled set's folder: what decides its content. Written before the first shard, and once
+there is one changed by --force only."""
+BEFORE = "before"
+"""In it: what shards were made with before --force, by the digest that these shards carry."""
+DIGEST = "label_settings"
+"""In every record and commit record: of what decided its content."""
 DECIDING = ("score_threshold", "max_boxes", "cross_phrase_nms", "keep_empty", "precision")
 READERS = 16
 """Commit records that are read at once."""
@@ -65,6 +72,8 @@ class Plan:
     """What decides which boxes a set holds (not where or how fast it is made)."""
     gold: "Gold | None" = None
     """With `label.calibration`."""
+    force: bool = False
+    """Go on with sets that were begun with other settings; what is committed stays."""
 
     @property
     def stamp(self) -> dict[str, str]:
@@ -76,16 +85,18 @@ def stamp_of(deciding: dict[str, Any]) -> dict[str, str]:
     return {
         "teacher": deciding["teacher"],
         "parser": deciding["parser"],
-        "label_settings": storage.digest(deciding),
+        DIGEST: storage.digest(deciding),
     }
 
 
 def what_decides(settings: LabelConfig) -> dict[str, Any]:
-    """Of a labelling's content, with teacher and parser as this machine has them."""
+    """Of a labelling's content, with teacher, parser and code as this machine has them."""
+    from glipv2.data_prep.labelling import VERSION
     from glipv2.data_prep.phrases import parser_version
     from glipv2.data_prep.teachers import teacher_digest
 
     return {
+        "version": VERSION,
         "teacher": teacher_digest((settings.teacher, *settings.ensemble)),
         "parser": parser_version(settings.phrases),
         **{f"phrases.{key}": value for key, value in dataclasses.asdict(settings.phrases).items()},
@@ -93,7 +104,7 @@ def what_decides(settings: LabelConfig) -> dict[str, Any]:
     }
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig, force: bool = False) -> Plan:
     """Resolve the teachers and choose the threshold; ConfigError or DataError when that fails."""
     given = config.label
     if not given.teacher or not given.inputs:
@@ -107,7 +118,7 @@ def make_plan(config: RunConfig) -> Plan:
         gold = _calibrated(config, settings, deciding)
         settings = dataclasses.replace(settings, score_threshold=gold.threshold)
         deciding["score_threshold"] = gold.threshold
-    return Plan(config=config, settings=settings, deciding=deciding, gold=gold)
+    return Plan(config=config, settings=settings, deciding=deciding, gold=gold, force=force)
 
 
 def _check_inputs(config: RunConfig) -> None:
@@ -192,7 +203,7 @@ def check_claims(plan: Plan) -> None:
 
 def check_claim(plan: Plan, pairs: "ShardSet", out: str) -> None:
     """ConfigError when the set was begun with other settings, each that differs named; a look that
-    touches nothing."""
+    touches nothing. With --force it is a warning, unless the set is of other pairs."""
     url, commits = storage.join(out, SETTINGS), storage.list_names(storage.join(out, "commits"))
     if not any(name.endswith(".json") for name in commits):
         return
@@ -201,39 +212,65 @@ def check_claim(plan: Plan, pairs: "ShardSet", out: str) -> None:
             f"{out} holds shards but no {SETTINGS}: `glipv2 label` did not make them, or it was "
             "deleted; choose another output set, or delete that folder to label again"
         )
-    mine, there = json.loads(_claim_of(plan, pairs)), storage.read_json(url)
-    differing = [
-        f"  {key}: {there.get(key)!r} there, {mine.get(key)!r} now"
+    mine, (there, _) = _claim_of(plan, pairs), _claimed(url)
+    differing = {
+        key: f"  {key}: {there.get(key)!r} there, {mine.get(key)!r} now"
         for key in sorted({*there, *mine})
         if there.get(key) != mine.get(key)
-    ]
-    if differing:
-        raise ConfigError(
-            f"{out} was labelled with other settings:\n" + "\n".join(differing) + "\n"
-            "choose another output set, or delete that folder to label again"
-        )
+    }
+    if not differing:
+        return
+    said = f"{out} was labelled with other settings:\n" + "\n".join(differing.values()) + "\n"
+    if plan.force and "input" not in differing:
+        log.warning("%sits shards stay as they are, what is left is labelled as asked now", said)
+        return
+    go_on = "" if "input" in differing else ", or leave it as it is and go on by --force"
+    raise ConfigError(
+        f"{said}choose another output set, or delete that folder to label again{go_on}"
+    )
 
 
-def claim(plan: Plan, pairs: "ShardSet", out: str) -> None:
+def claim(plan: Plan, pairs: "ShardSet", out: str) -> set[str]:
     """Write down what decides the set's content; ConfigError when it was begun with other settings.
 
-    A claim without a committed shard gives way.
+    A claim without a committed shard gives way. Returns the digests of the settings that shards of
+    the set may be made with: these and, after --force, those before.
     """
     check_claim(plan, pairs, out)
     url, mine = storage.join(out, SETTINGS), _claim_of(plan, pairs)
-    if not storage.create_once(url, mine) and storage.read_bytes(url) != mine:
+    if storage.create_once(url, storage.canonical_json(mine)):
+        return {plan.stamp[DIGEST]}
+    there, before = _claimed(url)
+    if there != mine:
         check_claim(plan, pairs, out)  # whoever was faster may have begun
-        storage.write_bytes(url, mine)
+        if plan.force:
+            before |= {_digest(there): there}
+        storage.write_bytes(url, storage.canonical_json({**mine, BEFORE: before}))
+    return {plan.stamp[DIGEST], *before}
 
 
-def _claim_of(plan: Plan, pairs: "ShardSet") -> bytes:
-    return storage.canonical_json({"input": pairs.digest, **plan.deciding})
+def _claim_of(plan: Plan, pairs: "ShardSet") -> dict[str, Any]:
+    """As it is read from JSON."""
+    claimed: dict[str, Any] = json.loads(
+        storage.canonical_json({"input": pairs.digest, **plan.deciding})
+    )
+    return claimed
 
 
-def check_made_so(plan: Plan, out: str, shard: "ShardInfo") -> None:
+def _claimed(url: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What decides a set's content, and what did before."""
+    there = storage.read_json(url)
+    return there, there.pop(BEFORE, {})
+
+
+def _digest(claimed: dict[str, Any]) -> str:
+    return storage.digest({key: value for key, value in claimed.items() if key != "input"})
+
+
+def check_made_so(accepted: set[str], out: str, shard: "ShardInfo") -> None:
     """ConfigError for a shard that was labelled with other settings, by whoever claimed the set at
     the same time."""
-    if shard.stats.get("label_settings") != plan.stamp["label_settings"]:
+    if shard.stats.get(DIGEST) not in accepted:
         raise ConfigError(
             f"{out}: {shard.name} was labelled with other settings, at the same time as this "
             "command began; choose another output set, or delete that folder to label again"

@@ -25,22 +25,28 @@ log = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser, phase="a phase of the recipe, for example teacher", cluster=True)
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="go on though rates, schedule, weight decay or loss weights were changed",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     config = recipe_config(arguments, arguments.phase)
     if under_launcher():
-        return run_rank(config)
+        return run_rank(config, arguments.force)
     if arguments.phase:
         with stage(recipe_config(arguments).run_dir, arguments.phase):
-            pretrain(config, arguments.address)
+            pretrain(config, arguments.address, arguments.force)
     else:
-        pretrain(config, arguments.address)
+        pretrain(config, arguments.address, arguments.force)
     return 0
 
 
-def run_rank(config: RunConfig) -> int:
-    """Be the rank that a launcher's environment describes; returns its exit code."""
+def run_rank(config: RunConfig, force: bool = False) -> int:
+    """Be the rank that a launcher's environment describes; returns its exit code. For `force` see
+    `note_settings`."""
     preemption.listen()
     from glipv2.pipeline.dist import die_with_parent
     from glipv2.pipeline.trainer import train  # with torch and DeepSpeed: seconds
@@ -49,7 +55,7 @@ def run_rank(config: RunConfig) -> int:
     holds = is_first_rank() and not has_our_launcher()
     try:
         with only_trainer(config.run_dir) if holds else nullcontext():
-            train(config)
+            train(config, force)
     except RuntimeError as error:
         if not lost_peer(error):
             raise
@@ -58,14 +64,15 @@ def run_rank(config: RunConfig) -> int:
     return 0
 
 
-def pretrain(config: RunConfig, address: str | None = None) -> str:
+def pretrain(config: RunConfig, address: str | None = None, force: bool = False) -> str:
     """Train to the last step, on ranks of this machine or of a Ray cluster; returns the run folder.
 
-    A finished run returns at once; an interrupted one goes on from its newest checkpoint.
+    A finished run returns at once; an interrupted one goes on from its newest checkpoint, with
+    `force` also under other settings (`note_settings`).
     """
     check_mixture(config)
     with only_trainer(config.run_dir):
-        resolved = note_settings(config)
+        resolved = note_settings(config, force)
         if is_finished(config):
             say(f"{config.run_dir}: all {config.train.steps} steps are done already")
             return config.run_dir

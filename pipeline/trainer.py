@@ -43,13 +43,16 @@ SAYS_SO = 5.0
 """Seconds in which a rank whose write hangs ends by itself, before rank 0 gives it up."""
 
 
-def train(config: RunConfig) -> None:
-    """Train to the last step; every rank runs this. PreemptedError when told to stop before."""
+def train(config: RunConfig, force: bool = False) -> None:
+    """Train to the last step; every rank runs this. PreemptedError when told to stop before.
+
+    For `force` see `note_settings`.
+    """
     try:
         with Watch(config.run_dir, dist.rank(), config.supervise) as watch:
             watch.begin("setup")
             if dist.is_main():
-                note_settings(config)  # torchrun starts ranks directly
+                note_settings(config, force)  # torchrun starts ranks directly
             torch.set_num_threads(config.train.threads)
             check_engine(config.train, dist.world_size(), torch.cuda.is_available())
             init_distributed()

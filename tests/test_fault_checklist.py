@@ -25,6 +25,7 @@ BIT_FOR_BIT = (
     f"{KILL}::test_killed_stopped_and_hanging_it_ends_with_the_same_losses_and_weights_bit_for_bit"
 )
 DRILL = f"{LAUNCHERS}::test_the_kill_drill_finds_nothing"
+FORCED = "test_forced_settings.py"
 ANOTHER_RUN = f"{KILL}::test_a_run_is_not_resumed_as_another_run"
 DAMAGED = (
     f"{CHECKPOINT}::test_an_altered_truncated_or_missing_file_makes_the_step_before_the_newest"
@@ -158,6 +159,7 @@ CHECKLIST = {
             f"{KILL}::test_a_full_disk_stops_the_run_at_once_and_room_lets_it_go_on",
         ],
         "of the cache": [f"{CACHE}::test_on_a_full_disk_old_entries_make_room_for_new_ones"],
+        "of Ray's spills": ["test_spill.py::test_a_full_disk_under_rays_spills_stops_no_labelling"],
         "the message": ["test_stages.py::test_a_full_disk_is_said_with_an_exit_code_of_its_own"],
     },
     "14 a damaged checkpoint: found before a weight changes, the file named, the one before used": {
@@ -213,7 +215,7 @@ CHECKLIST = {
         "of ranks": [f"{LAUNCHERS}::test_ranks_whose_clocks_disagree_make_one_run"],
         "of a lease": [f"{LEASE}::test_a_dead_holders_lease_expires_whatever_the_clocks_say"],
     },
-    "22 settings, data or teacher changed between two starts: refused with what differs": {
+    "22 settings, data, teacher or code changed between two starts: refused with what differs": {
         "settings": [ANOTHER_RUN],
         "those of speed, length and place": [
             "test_run_settings.py::test_speed_length_and_place_may_change_one_by_one_and_all_together",
@@ -228,6 +230,14 @@ CHECKLIST = {
             f"{LABEL_PLAN}::test_a_machine_with_another_teacher_or_parser_labels_nothing",
             f"{LABEL_PLAN}::"
             "test_an_ensemble_of_foreign_teachers_labels_with_a_threshold_of_its_own",
+        ],
+        "code": [f"{FORCED}::test_labels_of_another_version_of_the_code_are_other_labels"],
+        "unless forced": [
+            f"{FORCED}::"
+            "test_labels_of_other_settings_are_added_by_force_and_each_shard_says_whose_it_is",
+            f"{FORCED}::test_no_force_mixes_labels_of_other_pairs_into_a_set",
+            f"{FORCED}::test_a_run_goes_on_with_other_rates_and_losses_by_force_only_and_keeps_"
+            "what_it_was_trained_with",
         ],
     },
     "23 a loss spike: back to before, a stretch skipped, and the run replays": {

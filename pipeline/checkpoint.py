@@ -8,13 +8,14 @@ step's folder can be given to `glipv2 ground` or be a teacher. `saver` writes th
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glipv2.model import folders
 from glipv2.model.folders import COMMIT, MODEL_FILES, WEIGHTS, step_url
 from glipv2.pipeline import storage
-from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.errors import ConfigError, DataError
 from glipv2.pipeline.pins import pins
 
 if TYPE_CHECKING:  # the launcher looks for checkpoints without loading torch
@@ -90,7 +91,15 @@ def commit(url: str, step: int, files: Mapping[str, Listed]) -> bool:
 
 
 def write_folder(url: str, files: Mapping[str, bytes], step: int) -> None:
-    """Write a folder of files under the commit rule, in place of an earlier one."""
+    """Write a folder of files under the commit rule, in place of an earlier one.
+
+    Raises ConfigError when that one has more files: a step of a run has its state of training.
+    """
+    with suppress(DataError):  # none, or one that can't be read
+        if more := sorted(open_checkpoint(url).files.keys() - files.keys()):
+            raise ConfigError(
+                f"{url} holds {', '.join(more)} as well; write to another folder, or delete that one"
+            )
     storage.delete(storage.join(url, COMMIT))
     for name, data in files.items():
         storage.write_bytes(storage.join(url, name), data)

@@ -20,7 +20,7 @@ from glipv2.pipeline.checkpoint import (
     write_folder,
 )
 from glipv2.pipeline.config import RunConfig
-from glipv2.pipeline.errors import DataError
+from glipv2.pipeline.errors import ConfigError, DataError
 from glipv2.pipeline.launch import launch_ranks
 from glipv2.pipeline.train_config import SuperviseConfig, TrainConfig
 
@@ -51,6 +51,21 @@ def test_a_saved_checkpoint_reads_back_and_is_the_newest(run_dir: str) -> None:
     assert newest(run_dir) == (url, {**FILES, "trainer.json": b"{2}"})
     assert resolve_checkpoint(run_dir) == url
     assert resolve_checkpoint(url) == url
+
+
+def test_a_model_is_not_written_over_the_step_of_a_run_but_over_an_earlier_model(
+    run_dir: str,
+) -> None:
+    url = save_checkpoint(run_dir, 100, FILES)
+    model = {"model.safetensors": b"others"}
+    with pytest.raises(ConfigError, match=r"step-000100 holds trainer\.json as well"):
+        write_folder(url, model, 0)
+    assert newest(run_dir) == (url, FILES)
+    out = storage.join(run_dir, "out")
+    write_folder(out, {"model.safetensors": b"earlier"}, 0)
+    write_folder(out, model, 3)
+    assert open_checkpoint(out).read("model.safetensors") == b"others"
+    assert open_checkpoint(out).step == 3
 
 
 def test_a_save_that_was_cut_off_before_its_commit_does_not_exist(

@@ -98,7 +98,7 @@ def write_folder(url: str, files: Mapping[str, bytes], step: int) -> None:
     with suppress(DataError):  # none, or one that can't be read
         if more := sorted(open_checkpoint(url).files.keys() - files.keys()):
             raise ConfigError(
-                f"{url} holds {', '.join(more)} as well; write to another folder, or delete that one"
+                f"{url} holds {', '.join(more)} as well; write elsewhere, or delete that folder"
             )
     storage.delete(storage.join(url, COMMIT))
     for name, data in files.items():

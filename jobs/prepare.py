@@ -6,6 +6,7 @@ Run again with the same settings it reuses what is there; cut off, it goes on.
 import argparse
 import os
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
@@ -302,6 +303,7 @@ class _Shown:
     def __init__(self, text: str, unit: _Unit, total: int | None) -> None:
         self.text, self.unit, self.total = text, unit, total
         self.bar: Any = None
+        self.began = time.time()
         self.done = 0
         self.finished: set[Any] = set()
         """Items of which old notes may still come."""
@@ -321,6 +323,7 @@ class _Shown:
     def _show(self, done: int) -> None:
         if self.bar is None:  # after Ray has said what it has to say
             self.bar = bar(self.total, self.text, self.unit.name)
+            self.bar.start_t = self.began  # what it shows at first wasn't done in no time
         self.bar.update(max(0, done - self.bar.n))
 
     def close(self) -> None:

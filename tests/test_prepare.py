@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,15 @@ def test_progress_is_shown_within_a_shard(tmp_path, monkeypatch):
     prepare.index_in_place(PrepareConfig(source="webdataset", root=str(tars)), workers=0)
     steps = bars[f"index tars: {size} bytes"].steps
     assert sum(steps) == size and len(steps) >= 10 and 0 <= min(steps) <= max(steps) < size / 2
+
+
+def test_the_rate_counts_from_the_beginning(monkeypatch):
+    bars, make = [], prepare.bar
+    monkeypatch.setattr(prepare, "bar", lambda *given: bars.append(make(*given)) or bars[-1])
+    rows = prepare._Unit("row", lambda number: (number, 1))
+    list(prepare._mapped(lambda: time.sleep, [0.3], 0, "rows", rows, 1))
+    [shown] = bars
+    assert shown.n == 1 and time.time() - shown.start_t >= 0.3
 
 
 @pytest.mark.parametrize("command", ["prepare pairs --root x --out y", "check x", "stats x"])

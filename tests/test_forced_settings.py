@@ -7,51 +7,39 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
-from untrained_teacher import save_teacher
 
 sys.path.insert(0, str(Path(__file__).parent))
 from commands import finish, small_training
 from in_process import without_ray
+from label_recipe import SHARDS, write_pairs, write_pairs_and_teacher, write_recipe
 
 from glipv2.data_prep import labelling
 from glipv2.jobs.cli import main
 from glipv2.jobs.label import open_labeller
 from glipv2.jobs.label_plan import make_plan
-from glipv2.jobs.prepare import prepare_set
 from glipv2.model.folders import step_url
-from glipv2.pipeline.config import PrepareConfig
 from glipv2.pipeline.config_loader import load_config
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.optim import schedule_factor
 from glipv2.pipeline.runlog import read_losses
 from glipv2.pipeline.shard_reader import iterate_records, open_shard_set
 
-SHARDS = [f"shard-{number:06d}" for number in range(3)]
+NAMES = [f"shard-{number:06d}" for number in range(SHARDS)]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Pairs, a teacher and a recipe that labels them into OUT."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    options = PrepareConfig(source="toy", set="toy_pairs", count=12, size=64, seed=1)
-    prepare_set(str(tmp_path / "pairs"), options, samples_per_shard=4)
-    save_teacher(tmp_path / "teacher")
-    settings = {
-        "teacher": str(tmp_path / "teacher"),
-        "inputs": {str(tmp_path / "pairs"): str(tmp_path / "out")},
-        "score_threshold": 0.3,
-        "max_boxes": 3,
-    }
-    tree = {"run_dir": str(tmp_path / "run"), "label": settings}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    write_pairs_and_teacher(tmp_path)
+    write_recipe(tmp_path, tmp_path)
     with without_ray():
         yield tmp_path
 
 
 def cut_off(out: Path) -> None:
     """As if the labelling had been killed before its last shard."""
-    for name in (f"{SHARDS[-1]}.tar", f"commits/{SHARDS[-1]}.json", "dataset.json"):
+    for name in (f"{NAMES[-1]}.tar", f"commits/{NAMES[-1]}.json", "dataset.json"):
         (out / name).unlink()
 
 
@@ -61,20 +49,20 @@ def test_labels_of_other_settings_are_added_by_force_and_each_shard_says_whose_i
     recipe, out = folder / "recipe.yaml", folder / "out"
     assert main(["label", str(recipe)]) == 0
     cut_off(out)
-    first, claim = [(out / f"{name}.tar").read_bytes() for name in SHARDS[:2]], out / "label.json"
+    first, claim = [(out / f"{name}.tar").read_bytes() for name in NAMES[:2]], out / "label.json"
     begun = claim.read_bytes()
     other = ["label", str(recipe), "label.max_boxes=2"]
     assert main(other) == 2
     told = capsys.readouterr().err
-    assert "max_boxes: 3 there, 2 now" in told and "--force" in told
+    assert "max_boxes: 20 there, 2 now" in told and "--force" in told
     assert claim.read_bytes() == begun
 
     assert main([*other, "--force", "--dry-run"]) == 0
     assert claim.read_bytes() == begun
     caplog.clear()
     assert main([*other, "--force"]) == 0
-    assert "max_boxes: 3 there, 2 now" in caplog.text
-    assert [(out / f"{name}.tar").read_bytes() for name in SHARDS[:2]] == first
+    assert "max_boxes: 20 there, 2 now" in caplog.text
+    assert [(out / f"{name}.tar").read_bytes() for name in NAMES[:2]] == first
     by_settings = [shard.stats["label_settings"] for shard in open_shard_set(str(out)).shards]
     assert by_settings[0] == by_settings[1] != by_settings[2]
     claimed = json.loads(claim.read_bytes())
@@ -88,7 +76,7 @@ def test_labels_of_other_settings_are_added_by_force_and_each_shard_says_whose_i
     assert main(other) == 0
     assert "nothing was left to do" in capsys.readouterr().out
     assert main(["label", str(recipe)]) == 2
-    assert "max_boxes: 2 there, 3 now" in capsys.readouterr().err
+    assert "max_boxes: 2 there, 20 now" in capsys.readouterr().err
     cut_off(out)
     assert main(other) == 0
     assert [shard.stats["label_settings"] for shard in open_shard_set(str(out)).shards] == (
@@ -102,8 +90,7 @@ def test_no_force_mixes_labels_of_other_pairs_into_a_set(
     command = ["label", str(folder / "recipe.yaml"), "--force"]
     assert main(command) == 0
     shutil.rmtree(folder / "pairs")
-    options = PrepareConfig(source="toy", set="toy_pairs", count=12, size=64, seed=2)
-    prepare_set(str(folder / "pairs"), options, samples_per_shard=4)
+    write_pairs(folder, seed=2)
     capsys.readouterr()
     assert main(command) == 2
     told = capsys.readouterr().err

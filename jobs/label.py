@@ -123,8 +123,8 @@ def label_set(plan: "Plan", source: str, out: str) -> "tuple[list[ShardInfo], st
     from glipv2.pipeline.shards import write_manifest
 
     pairs = open_shard_set(plan.config.set_url(source))
-    accepted = claim(plan, pairs, out)
     shards = list(committed(out, (shard.name for shard in pairs.shards)))
+    claimed = claim(plan, pairs, out, complete=None not in shards)
     known = storage.join(plan.config.run_dir, "labels", "killers.json")
     killers = Killers(known, pairs.digest)
     todo = [
@@ -134,18 +134,18 @@ def label_set(plan: "Plan", source: str, out: str) -> "tuple[list[ShardInfo], st
     ]
     done = [shard for shard in shards if shard is not None]
     for shard in done:
-        check_made_so(accepted, out, shard)
+        check_made_so(claimed, out, shard)
     workers = min(len(todo), plan.settings.num_actors[1])
     with closing(Shown(source, pairs.samples, done, workers)) as shown:
         for task, shard in label_on_ray(
             plan.settings, pairs, todo, out, plan.stamp, killers, shown.watch
         ):
-            check_made_so(accepted, out, shard)
+            check_made_so(claimed, out, shard)
             shards[task.number] = shard
             shown.update(task.number, shard)
     finished = [shard for shard in shards if shard is not None]
     counts = dict(shown.totals.counts)
-    info = {"source": source, "input": pairs.digest, **plan.stamp, "counts": counts}
+    info = {"source": source, "input": pairs.digest, **claimed.stamp, "counts": counts}
     write_manifest(out, finished, (), info)
     if why := why_no_box(shown.totals, pairs.url, out, plan.settings):
         log.warning(why)

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -204,15 +204,15 @@ def check_claims(plan: Plan) -> None:
 def check_claim(plan: Plan, pairs: "ShardSet", out: str) -> None:
     """ConfigError when the set was begun with other settings, each that differs named; a look that
     touches nothing. With --force it is a warning, unless the set is of other pairs."""
-    url, commits = storage.join(out, SETTINGS), storage.list_names(storage.join(out, "commits"))
-    if not any(name.endswith(".json") for name in commits):
+    url = storage.join(out, SETTINGS)
+    if not _begun(out):
         return
     if not storage.exists(url):
         raise ConfigError(
             f"{out} holds shards but no {SETTINGS}: `glipv2 label` did not make them, or it was "
             "deleted; choose another output set, or delete that folder to label again"
         )
-    mine, (there, _) = _claim_of(plan, pairs), _claimed(url)
+    mine, there = _claim_of(plan, pairs), read_claim(url).deciding
     differing = {
         key: f"  {key}: {there.get(key)!r} there, {mine.get(key)!r} now"
         for key in sorted({*there, *mine})
@@ -230,47 +230,72 @@ def check_claim(plan: Plan, pairs: "ShardSet", out: str) -> None:
     )
 
 
-def claim(plan: Plan, pairs: "ShardSet", out: str) -> set[str]:
+@dataclass(frozen=True)
+class Claim:
+    """What label.json says: what decides a set's content, and what did before --force."""
+
+    deciding: dict[str, Any]
+    """With the digest of the pairs, as `input`; as it is read from JSON."""
+    before: dict[str, Any] = field(default_factory=dict)
+    """By the digest that shards carry."""
+
+    @property
+    def stamp(self) -> dict[str, str]:
+        return stamp_of({key: value for key, value in self.deciding.items() if key != "input"})
+
+    @property
+    def accepted(self) -> set[str]:
+        """Digests of the settings that shards of the set may be made with."""
+        return {self.stamp[DIGEST], *self.before}
+
+    def to_json(self) -> bytes:
+        before = {BEFORE: self.before} if self.before else {}
+        return storage.canonical_json(self.deciding | before)
+
+
+def claim(plan: Plan, pairs: "ShardSet", out: str, complete: bool) -> Claim:
     """Write down what decides the set's content; ConfigError when it was begun with other settings.
 
-    A claim without a committed shard gives way. Returns the digests of the settings that shards of
-    the set may be made with: these and, after --force, those before.
+    A claim without a committed shard gives way, and one of a `complete` set stays what it is.
     """
     check_claim(plan, pairs, out)
-    url, mine = storage.join(out, SETTINGS), _claim_of(plan, pairs)
-    if storage.create_once(url, storage.canonical_json(mine)):
-        return {plan.stamp[DIGEST]}
-    there, before = _claimed(url)
-    if there != mine:
+    url, mine = storage.join(out, SETTINGS), Claim(_claim_of(plan, pairs))
+    if storage.create_once(url, mine.to_json()):
+        return mine
+    if _begun(out):
         check_claim(plan, pairs, out)  # whoever was faster may have begun
-        if plan.force:
-            before |= {_digest(there): there}
-        storage.write_bytes(url, storage.canonical_json({**mine, BEFORE: before}))
-    return {plan.stamp[DIGEST], *before}
+        there = read_claim(url)
+        if complete or there.deciding == mine.deciding:
+            return there
+        mine = Claim(mine.deciding, there.before | {there.stamp[DIGEST]: there.deciding})
+    storage.write_bytes(url, mine.to_json())
+    return mine
+
+
+def _begun(out: str) -> bool:
+    commits = storage.list_names(storage.join(out, "commits"))
+    return any(name.endswith(".json") for name in commits)
 
 
 def _claim_of(plan: Plan, pairs: "ShardSet") -> dict[str, Any]:
-    """As it is read from JSON."""
     claimed: dict[str, Any] = json.loads(
         storage.canonical_json({"input": pairs.digest, **plan.deciding})
     )
     return claimed
 
 
-def _claimed(url: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What decides a set's content, and what did before."""
+def read_claim(url: str) -> Claim:
+    """Of the label.json at `url`; DataError when that is damaged."""
     there = storage.read_json(url)
-    return there, there.pop(BEFORE, {})
+    if not isinstance(there, dict) or not {"teacher", "parser"} <= there.keys():
+        raise DataError(f"{url} is no record of a labelling; restore it or label the set again")
+    return Claim(there, there.pop(BEFORE, {}))
 
 
-def _digest(claimed: dict[str, Any]) -> str:
-    return storage.digest({key: value for key, value in claimed.items() if key != "input"})
-
-
-def check_made_so(accepted: set[str], out: str, shard: "ShardInfo") -> None:
+def check_made_so(claimed: Claim, out: str, shard: "ShardInfo") -> None:
     """ConfigError for a shard that was labelled with other settings, by whoever claimed the set at
     the same time."""
-    if shard.stats.get(DIGEST) not in accepted:
+    if shard.stats.get(DIGEST) not in claimed.accepted:
         raise ConfigError(
             f"{out}: {shard.name} was labelled with other settings, at the same time as this "
             "command began; choose another output set, or delete that folder to label again"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from glipv2.jobs.label_plan import SETTINGS
+from glipv2.jobs.label_plan import SETTINGS, read_claim
 from glipv2.pipeline import storage
 from glipv2.pipeline.config import PhraseConfig
-from glipv2.pipeline.errors import ConfigError, DataError
+from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.shard_format import ShardSet
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ def _making(url: str, _digest: str) -> Making:
     where = storage.join(url, SETTINGS)
     if not storage.exists(where):
         return Making()
-    settings = storage.read_json(where)
-    if not isinstance(settings, dict):
-        raise DataError(f"{where} is no record of a labelling; restore it or label the set again")
+    settings = read_claim(where).deciding
     keeps_empty = bool(settings.get("keep_empty"))
     given = {k.removeprefix(RULES): v for k, v in settings.items() if k.startswith(RULES)}
     try:

@@ -71,12 +71,16 @@ def test_labels_of_other_settings_are_added_by_force_and_each_shard_says_whose_i
     whose = [record.provenance["label_settings"] for record in iterate_records(str(out))]
     assert list(dict.fromkeys(whose)) == [by_settings[0], by_settings[2]]
 
-    # from then on these are the set's, without insisting
+    # from then on these are the set's, without insisting; once it is complete, nothing else is
     capsys.readouterr()
     assert main(other) == 0
     assert "nothing was left to do" in capsys.readouterr().out
     assert main(["label", str(recipe)]) == 2
     assert "max_boxes: 2 there, 20 now" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert main(["label", str(recipe), "--force"]) == 0
+    assert "nothing was left to do" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     cut_off(out)
     assert main(other) == 0
     assert [shard.stats["label_settings"] for shard in open_shard_set(str(out)).shards] == (

@@ -125,6 +125,9 @@ def test_shards_of_unknown_making_are_not_taken_for_labelled_ones(config, tmp_pa
     with pytest.raises(ConfigError, match="out holds shards but no label.json"):
         label(config())
     assert not claim.exists()
+    claim.write_text('{"input": "ab"}')
+    with pytest.raises(DataError, match=r"label\.json is no record of a labelling; restore it"):
+        label(config())
     # as if two commands with other settings had claimed the set at once, and this one last
     there = make_plan(config("label.max_boxes=4")).deciding
     claim.write_text(json.dumps({**json.loads(mine), **there}))

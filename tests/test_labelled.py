@@ -29,6 +29,7 @@ from glipv2.pipeline.shards import open_shard_set, write_shard_set
 
 RULES = PhraseConfig(stop=("photo",))
 SETTINGS = {
+    "teacher": "8ba396f781ed0396",
     "parser": parser_version(RULES),
     "keep_empty": False,
     **{f"phrases.{key}": value for key, value in dataclasses.asdict(RULES).items()},

@@ -45,7 +45,7 @@ def print_estimate(config: RunConfig, price: float, force: bool = False) -> int:
     unfinished = list[tuple[ShardSet, list[int]]]()
     for source, target in plan.settings.inputs.items():
         pairs, out = open_shard_set(config.set_url(source)), config.set_url(target)
-        check_claim(plan, pairs, out)
+        lines += filter(None, [check_claim(plan, pairs, out)])
         done = committed_names(out)
         left = [shard.samples for shard in pairs.shards if shard.name not in done]
         lines.append(

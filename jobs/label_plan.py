@@ -193,20 +193,22 @@ def gold_quality(config: RunConfig) -> dict[str, float]:
 
 
 def check_claims(plan: Plan) -> None:
-    """`check_claim` of all sets, before hours go into the first."""
+    """`check_claim` of all sets, before hours go into the first; warns of what is forced."""
     from glipv2.pipeline.shard_reader import open_shard_set
 
     for source, target in plan.settings.inputs.items():
         pairs = open_shard_set(plan.config.set_url(source))
-        check_claim(plan, pairs, plan.config.set_url(target))
+        if forced := check_claim(plan, pairs, plan.config.set_url(target)):
+            log.warning(forced)
 
 
-def check_claim(plan: Plan, pairs: "ShardSet", out: str) -> None:
+def check_claim(plan: Plan, pairs: "ShardSet", out: str) -> str:
     """ConfigError when the set was begun with other settings, each that differs named; a look that
-    touches nothing. With --force it is a warning, unless the set is of other pairs."""
+    touches nothing. With --force it is returned, for a warning, unless the set is of other pairs.
+    """
     url = storage.join(out, SETTINGS)
     if not _begun(out):
-        return
+        return ""
     if not storage.exists(url):
         raise ConfigError(
             f"{out} holds shards but no {SETTINGS}: `glipv2 label` did not make them, or it was "
@@ -219,11 +221,10 @@ def check_claim(plan: Plan, pairs: "ShardSet", out: str) -> None:
         if there.get(key) != mine.get(key)
     }
     if not differing:
-        return
+        return ""
     said = f"{out} was labelled with other settings:\n" + "\n".join(differing.values()) + "\n"
     if plan.force and "input" not in differing:
-        log.warning("%sits shards stay as they are, what is left is labelled as asked now", said)
-        return
+        return f"{said}its shards stay as they are, what is left is labelled as asked now"
     go_on = "" if "input" in differing else ", or leave it as it is and go on by --force"
     raise ConfigError(
         f"{said}choose another output set, or delete that folder to label again{go_on}"

@@ -58,10 +58,11 @@ def test_labels_of_other_settings_are_added_by_force_and_each_shard_says_whose_i
     assert claim.read_bytes() == begun
 
     assert main([*other, "--force", "--dry-run"]) == 0
+    assert "max_boxes: 20 there, 2 now" in capsys.readouterr().out
     assert claim.read_bytes() == begun
     caplog.clear()
     assert main([*other, "--force"]) == 0
-    assert "max_boxes: 20 there, 2 now" in caplog.text
+    assert caplog.text.count("max_boxes: 20 there, 2 now") == 1
     assert [(out / f"{name}.tar").read_bytes() for name in NAMES[:2]] == first
     by_settings = [shard.stats["label_settings"] for shard in open_shard_set(str(out)).shards]
     assert by_settings[0] == by_settings[1] != by_settings[2]

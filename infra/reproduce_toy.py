@@ -65,15 +65,10 @@ def labels(found: list[tuple[int, dict[str, Any]]]) -> str:
         rounds = [own["labels"] for own in summary["rounds"]] or [summary["labels"]]
         for number, own in enumerate(rounds, start=1):
             for name, group in {"all": own, **own["by_group"]}.items():
-                lines.append(f"| {seed} | {number} | {quality_cells(name, group)}")
+                figures = (group["precision_at_50"], group["recall_at_50"])
+                cells = " | ".join("–" if value is None else f"{value:.3f}" for value in figures)
+                lines.append(f"| {seed} | {number} | {name} | {cells} | {group['kept']} |")
     return "\n".join(lines)
-
-
-def quality_cells(name: str, group: dict[str, Any]) -> str:
-    """The end of a row: labels of which group, precision, recall (a dash where undefined), kept."""
-    figures = (group["precision_at_50"], group["recall_at_50"])
-    cells = " | ".join("–" if value is None else f"{value:.3f}" for value in figures)
-    return f"{name} | {cells} | {group['kept']} |"
 
 
 if __name__ == "__main__":

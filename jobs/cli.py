@@ -2,7 +2,8 @@
 
 Exit codes: 0 done; 1 a check failed; 2 a mistake in input or configuration, explained; 3 stopped
 but can be run again with the same command; 74 the same, once there is room on the disk; 75 the
-same, told to stop and all steps saved; 130 interrupted; 141 nobody reads what it prints any more.
+same, told to stop and all steps saved; 130 interrupted; 143 told to stop (SIGTERM); 141 nobody
+reads what it prints any more.
 """
 
 import argparse
@@ -12,8 +13,11 @@ import logging
 import os
 import re
 import select
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 COMMANDS = {
@@ -148,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = _guarded(parse(words))
+        with _stoppable():
+            code = _guarded(parse(words))
         _flush()
     except BrokenPipeError:
         if not _reader_is_gone():
@@ -156,6 +161,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # for what is still to be written
         return READER_GONE
     return code
+
+
+class _ToldToStop(KeyboardInterrupt):
+    """SIGTERM; what ctrl-C leaves in order, this does as well."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends a command like ctrl-C, unless the command has a better idea (training has)."""
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the second one does not wait
+        raise _ToldToStop
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is stop:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _flush() -> None:
@@ -262,9 +290,11 @@ def _guarded(parsed: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return DISK_FULL
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)  # noqa: T201
-        return 130
+    except KeyboardInterrupt as error:
+        told = isinstance(error, _ToldToStop)
+        said = "told to stop" if told else "interrupted"
+        print(f"{said}; the same command goes on from here", file=sys.stderr)  # noqa: T201
+        return 143 if told else 130
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ import io
 import json
 import logging
 import pickle
+import posixpath
 import zipfile
 from typing import Any
 
+from glipv2.model.folders import COMMIT
 from glipv2.pipeline import storage
-from glipv2.pipeline.checkpoint import read_model, resolve_checkpoint, write_folder
+from glipv2.pipeline.checkpoint import read_model, resolve_checkpoint, write_model
 from glipv2.pipeline.errors import ConfigError, DataError
 
 KINDS = ("glip", "timm-swin", "bert")
@@ -108,7 +110,7 @@ def from_glip_file(file: str, out: str, vocab: str | None, ema: bool) -> int:
     files = model_files(model, _tokenizer(vocab, config.text_encoder))
     inert = {name: tensor.contiguous() for name, tensor in glip_inert(tensors).items()}
     files[INERT] = save(inert, metadata={"prefix": prefix, "dtypes": json.dumps(dtypes)})
-    write_folder(out, files, step=0)
+    write_model(out, files, step=0)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -122,6 +124,8 @@ def to_glip_file(folder: str, out: str) -> int:
     from glipv2.model.convert import glip_inert_zeros, to_glip
     from glipv2.model.weights import model_from_files
 
+    if storage.exists(beside := storage.join(posixpath.dirname(out) or ".", COMMIT)):
+        raise ConfigError(f"--out {out} would stand among the files of {beside}; write elsewhere")
     url = resolve_checkpoint(folder)
     files = read_model(url, INERT)
     try:
@@ -182,7 +186,7 @@ def new_model(sources: dict[str, str], arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise DataError(f"{source}: {error}") from error
     model.load_state_dict(weights)
-    write_folder(arguments.out, model_files(model, _tokenizer(vocab, config.text_encoder)), step=0)
+    write_model(arguments.out, model_files(model, _tokenizer(vocab, config.text_encoder)), step=0)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -2,14 +2,13 @@
 
 import argparse
 
-from glipv2.pipeline import storage
 from glipv2.pipeline.checkpoint import (
     committed_steps,
     open_checkpoint,
     resolve_checkpoint,
-    write_folder,
+    write_model,
 )
-from glipv2.pipeline.errors import ConfigError, DataError
+from glipv2.pipeline.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +56,6 @@ def export(url: str, out: str, raw: bool = False) -> list[str]:
     from glipv2.pipeline.saver import state_files, whole_tensors
     from glipv2.pipeline.state_file import read_entries
 
-    if storage.join(url) == storage.join(out):
-        raise ConfigError(f"--out {out} is the step itself; choose another folder")
     checkpoint = open_checkpoint(url)
     files = {name: checkpoint.read(name) for name in MODEL_FILES}
     if raw:
@@ -71,5 +68,5 @@ def export(url: str, out: str, raw: bool = False) -> list[str]:
         trained = {entry.name for file in urls for entry in read_entries(file)}
         shapes = {name: tensors[name].shape for name in trained}
         files[WEIGHTS] = weights_file(tensors | whole_tensors(urls, shapes, WEIGHT))
-    write_folder(out, files, checkpoint.step)
+    write_model(out, files, checkpoint.step)
     return list(files)

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -224,8 +225,8 @@ def check_claim(plan: Plan, pairs: "ShardSet", out: str) -> str:
         return ""
     said = f"{out} was labelled with other settings:\n" + "\n".join(differing.values()) + "\n"
     if plan.force and "input" not in differing:
-        return f"{said}its shards stay as they are, what is left is labelled as asked now"
-    go_on = "" if "input" in differing else ", or leave it as it is and go on by --force"
+        return f"{said}its shards stay as they are; any that are missing are labelled as asked now"
+    go_on = "" if "input" in differing else ", or keep its shards and label the rest by --force"
     raise ConfigError(
         f"{said}choose another output set, or delete that folder to label again{go_on}"
     )
@@ -287,9 +288,13 @@ def _claim_of(plan: Plan, pairs: "ShardSet") -> dict[str, Any]:
 
 def read_claim(url: str) -> Claim:
     """Of the label.json at `url`; DataError when that is damaged."""
-    there = storage.read_json(url)
+    there = None
+    with suppress(DataError):
+        there = storage.read_json(url)
     if not isinstance(there, dict) or not {"teacher", "parser"} <= there.keys():
-        raise DataError(f"{url} is no record of a labelling; restore it or label the set again")
+        raise DataError(
+            f"{url} is no record of a labelling; restore it, or delete the folder to label again"
+        )
     return Claim(there, there.pop(BEFORE, {}))
 
 

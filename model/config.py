@@ -1,5 +1,6 @@
 """The numbers that decide the shape of the model, and the named presets."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -73,6 +74,11 @@ class LossWeights:
     mask: float = 1.0
     answer: float = 1.0
     caption: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, weight in vars(self).items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"losses.{name} must be 0 or more, and finite, not {weight}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ step's folder can be given to `glipv2 ground` or be a teacher. `saver` writes th
 
 import json
 import logging
+import os
+import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -90,16 +92,27 @@ def commit(url: str, step: int, files: Mapping[str, Listed]) -> bool:
     return storage.create_once(storage.join(url, COMMIT), record.encode())
 
 
-def write_folder(url: str, files: Mapping[str, bytes], step: int) -> None:
-    """Write a folder of files under the commit rule, in place of an earlier one.
+def write_model(url: str, files: Mapping[str, bytes], step: int) -> None:
+    """`write_folder` of a model, where somebody asked for it.
 
-    Raises ConfigError when that one has more files: a step of a run has its state of training.
+    Raises ConfigError for a run's own folders, whose newest step it would seem to be, and for a
+    folder with more files than the model's.
     """
+    where = url.rstrip("/") if "://" in url else os.path.abspath(url)
+    for run in (where, posixpath.dirname(where), posixpath.dirname(posixpath.dirname(where))):
+        inside = where.removeprefix(run).split("/")[1:2]
+        if inside in ([], ["checkpoints"]) and folders.begun_steps(run, storage.list_names):
+            raise ConfigError(f"{url} belongs to the run {run}; write to a folder outside it")
     with suppress(DataError):  # none, or one that can't be read
         if more := sorted(open_checkpoint(url).files.keys() - files.keys()):
             raise ConfigError(
                 f"{url} holds {', '.join(more)} as well; write elsewhere, or delete that folder"
             )
+    write_folder(url, files, step)
+
+
+def write_folder(url: str, files: Mapping[str, bytes], step: int) -> None:
+    """Write a folder of files under the commit rule, in place of an earlier one."""
     storage.delete(storage.join(url, COMMIT))
     for name, data in files.items():
         storage.write_bytes(storage.join(url, name), data)

@@ -226,7 +226,7 @@ class LabelConfig:
         for key in ("max_boxes", "batch_size", "decode_threads", "window"):
             require(getattr(self, key) > 0, f"label.{key}", "positive", getattr(self, key))
         least, most = self.num_actors
-        require(0 < least <= most, "label.num_actors", "two numbers [least, most]",
+        require(0 < least <= most, "label.num_actors", "[least, most], 0 < least <= most",
                  self.num_actors)  # fmt: skip
         require(0 < self.target_precision <= 1, "label.target_precision", "in (0, 1]",
                  self.target_precision)  # fmt: skip

@@ -74,7 +74,8 @@ class Health:
                 f"supervise.max_left_out is {self.limits.max_left_out}; the batches are in "
                 f"{storage.join(self.run_dir, LEFT_OUT)}"
             )
-        log.warning("%s. The step is left out; its batch is in %s", error, LEFT_OUT)
+        kept = storage.join(self.run_dir, LEFT_OUT)
+        log.warning("%s. The step is left out; its batch is in %s", error, kept)
 
     def spike(self, step: int, loss: float) -> Skip | None:
         """What to leave out because the loss of this step is far above the usual; notes losses."""

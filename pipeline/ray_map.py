@@ -7,6 +7,7 @@ which part of an item kills its worker (Ray retries a task that ran out of memor
 
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -28,6 +29,8 @@ AfterKill = Callable[[Item, int, Any], "Item | None"]
 
 LOOK_S = 0.5
 """Seconds between two looks at the notes."""
+CHECK_S = 5.0
+"""And, when nothing ends, at whether Ray is still there."""
 MAX_KILLS = 2
 """An item whose worker died this often is taken for the cause and given up."""
 MAX_LOSSES = 10
@@ -91,7 +94,7 @@ def map_on_ray(  # noqa: PLR0913 (each is a setting of the pool)
             pool.resize(min(most, len(pool.running) + waiting.at_least(most)), min_actors)
             while waiting and pool.idle:
                 pool.give(waiting.take())
-            ended = pool.next_end(LOOK_S if watch else None)
+            ended = pool.next_end()
             if watch is not None:
                 watch(pool.last_notes())
             if ended is None:
@@ -186,6 +189,7 @@ class _Pool:
         self.idle: list[_Worker] = []
         self.running: dict[Any, tuple[_Task[Any], _Worker]] = {}
         self.started = self.dead_starts = 0
+        self.checked = time.monotonic()
 
     def resize(self, wanted: int, at_once: int) -> None:
         """Towards `wanted` workers: to `at_once` immediately, then by as many as there are."""
@@ -206,14 +210,17 @@ class _Pool:
         worker = self.idle.pop()
         self.running[worker.actor.work.remote(task.item)] = (task, worker)
 
-    def next_end(self, timeout_s: float | None) -> tuple[_Task[Any], Any] | None:
+    def next_end(self) -> tuple[_Task[Any], Any] | None:
         """What ends next: an item with its result or _Died; None for the start of an actor, and
-        for nothing in the time given."""
+        for nothing in LOOK_S. MachinesLostError when nothing can ever end."""
         import ray
 
         under_way = [*self.running, *self.starting]
-        ended, _ = ray.wait(under_way, num_returns=1, timeout=timeout_s)
+        ended, _ = ray.wait(under_way, num_returns=1, timeout=LOOK_S)
         if not ended:
+            if time.monotonic() > self.checked + CHECK_S:
+                self.checked = time.monotonic()
+                _check_own_machine()
             return None
         [done] = ended
         if done in self.starting:
@@ -223,6 +230,7 @@ class _Pool:
         try:
             result = _result(done)
         except _deaths() as error:
+            _check_own_machine()
             _kill(worker)  # one that is only out of reach must not go on
             last_note = self.notes.last(worker.number) if self.notes else None
             return task, _Died(last_note, _machine_gone(worker, error))
@@ -259,6 +267,18 @@ class _Pool:
             _kill(worker)
         if self.notes:
             self.notes.end()
+
+
+def _check_own_machine() -> None:
+    """MachinesLostError when Ray's daemon on this machine, through which all goes, has died."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    if any(node["NodeID"] == own and not node["Alive"] for node in ray.nodes()):
+        raise MachinesLostError(
+            "Ray's daemon on this machine has died (killed, or out of memory?). Run the same "
+            "command again"
+        )
 
 
 def _kill(worker: _Worker) -> None:

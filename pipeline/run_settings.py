@@ -8,7 +8,7 @@ import yaml
 
 from glipv2.model.config import LossWeights
 from glipv2.pipeline import storage
-from glipv2.pipeline.checkpoint import committed_steps
+from glipv2.pipeline.checkpoint import committed_steps, newest_checkpoint
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.config_loader import as_tree, dump_config
 from glipv2.pipeline.errors import ConfigError
@@ -41,7 +41,10 @@ def note_settings(config: RunConfig, force: bool = False) -> str:
     """
     url, resolved = storage.join(config.run_dir, CONFIG), dump_config(config).encode()
     step = check_same_run(config, force)
+    if step == config.train.steps:
+        return url  # and nothing was trained with those of now
     if step is not None:
+        log.warning("it goes on from step %d with the settings of now", step)
         until = storage.join(config.run_dir, f"config-until-{step:06d}.yaml")
         storage.create_once(until, storage.read_bytes(url))
     if not storage.exists(url) or storage.read_bytes(url) != resolved:
@@ -74,8 +77,9 @@ def check_same_run(config: RunConfig, force: bool = False) -> int | None:
     said = f"{config.run_dir} was begun with other settings:\n  " + "\n  ".join(changed.values())
     forceable = changed.keys() <= MAY_BE_FORCED
     if force and forceable:
-        log.warning("%s\nit goes on from step %d with those of now", said, steps[-1])
-        return steps[-1]
+        log.warning(said)
+        newest = newest_checkpoint(config.run_dir)
+        return newest.step if newest else None
     go_on = ", or go on with these by --force" if forceable else ""
     raise ConfigError(
         f"{said}\ngive those again to go on with it, or choose another run_dir{go_on}"

@@ -335,9 +335,9 @@ def _settled(url: str, name: str) -> tuple[ShardInfo, str] | None:
     if storage.exists(storage.join(url, MANIFEST)):
         raise DataError(
             f"{shard_url(url, name)}: its commit record exists, but the shard and its attempt are "
-            f"gone; delete {commit_url(url, name)} and run the same command again"
+            f"gone or damaged; delete {commit_url(url, name)} and run the same command again"
         )
-    log.warning("%s: %s was committed, but its file is gone: it is made again", url, name)
+    log.warning("%s: %s was committed, but its file is gone or cut: it is made again", url, name)
     with contextlib.suppress(storage.MissingFileError):
         if read_commit(url, name)[1] == winner:  # else somebody has withdrawn it, and made another
             storage.delete(commit_url(url, name))
@@ -347,14 +347,21 @@ def _settled(url: str, name: str) -> tuple[ShardInfo, str] | None:
 def _finish(url: str, committed: ShardInfo, winner: str) -> bool:
     """Bring the committed attempt to its final name; any number of callers may do it at once.
 
-    False when there is neither.
+    False when there is neither: another shard of that name, or the half of one, is none.
     """
     final, attempt = shard_url(url, committed.name), _attempt_url(url, winner)
-    if not storage.exists(final):
+    if not _is_there(final, committed):
         try:
             storage.move(attempt, final)
         except storage.MissingFileError:
-            if not storage.exists(final):  # not just another caller who was faster
+            if not _is_there(final, committed):  # not just another caller who was faster
                 return False
     storage.delete(attempt)
     return True
+
+
+def _is_there(final: str, committed: ShardInfo) -> bool:
+    try:
+        return storage.size(final) == committed.bytes
+    except storage.MissingFileError:
+        return False

@@ -1,5 +1,6 @@
 """How a model is trained: `train`, `supervise`, `log` and `profile` of a run's configuration."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,11 +82,13 @@ class TrainConfig:
         for key in ("steps", "global_batch", "accumulation", "processes", "threads",
                     "checkpoint_every", "learning_rate", "text_learning_rate",
                     "head_learning_rate", "bias_rate_factor", "eps"):  # fmt: skip
-            require(getattr(self, key) > 0, f"train.{key}", "positive", getattr(self, key))
+            require(0 < getattr(self, key) < math.inf, f"train.{key}", "positive, and finite",
+                    getattr(self, key))  # fmt: skip
         for name, factor in self.rate_factors.items():
             require(factor > 0, f"train.rate_factors.{name}", "positive", factor)
         for key in ("weight_decay", "max_grad_norm", "warmup_steps"):
-            require(getattr(self, key) >= 0, f"train.{key}", "0 or more", getattr(self, key))
+            require(0 <= getattr(self, key) < math.inf, f"train.{key}", "0 or more, and finite",
+                    getattr(self, key))  # fmt: skip
         for key in ("milestones", "weight_decay_milestones"):
             shares = getattr(self, key)
             require(all(0 < share < 1 for share in shares) and list(shares) == sorted(shares),

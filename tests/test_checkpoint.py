@@ -1,5 +1,6 @@
 """Checkpoints exist when they are committed and whole, and not before."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from glipv2.pipeline.checkpoint import (
     resolve_checkpoint,
     verify,
     write_folder,
+    write_model,
 )
 from glipv2.pipeline.config import RunConfig
 from glipv2.pipeline.errors import ConfigError, DataError
@@ -58,12 +60,17 @@ def test_a_model_is_not_written_over_the_step_of_a_run_but_over_an_earlier_model
 ) -> None:
     url = save_checkpoint(run_dir, 100, FILES)
     model = {"model.safetensors": b"others"}
-    with pytest.raises(ConfigError, match=r"step-000100 holds trainer\.json as well"):
-        write_folder(url, model, 0)
-    assert newest(run_dir) == (url, FILES)
+    copied = storage.join(run_dir, "copied")
+    write_folder(copied, FILES, 100)
+    with pytest.raises(ConfigError, match=r"copied holds trainer\.json as well"):
+        write_model(copied, model, 0)
+    for inside in ("", "checkpoints", "checkpoints/step-000100", "checkpoints/step-000101"):
+        with pytest.raises(ConfigError, match=f"to the run {re.escape(run_dir)}; write to"):
+            write_model(storage.join(run_dir, inside), model, 0)
+    assert newest(run_dir) == (url, FILES) and committed_steps(run_dir) == [100]
     out = storage.join(run_dir, "out")
-    write_folder(out, {"model.safetensors": b"earlier"}, 0)
-    write_folder(out, model, 3)
+    write_model(out, {"model.safetensors": b"earlier"}, 0)
+    write_model(out, model, 3)
     assert open_checkpoint(out).read("model.safetensors") == b"others"
     assert open_checkpoint(out).step == 3
 

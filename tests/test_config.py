@@ -35,6 +35,11 @@ def test_a_mistake_in_any_phase_is_refused_by_its_full_name(tmp_path: Path) -> N
     ("override", "named"),
     [
         ("train.steps=0", r"train\.steps must be positive"),
+        ("train.learning_rate=.inf", r"train\.learning_rate must be positive, and finite"),
+        ("train.weight_decay=.inf", r"train\.weight_decay must be 0 or more, and finite"),
+        ("losses.mlm=-1", r"losses\.mlm must be 0 or more, and finite, not -1"),
+        ("losses.mlm=.nan", r"losses\.mlm must be 0 or more, and finite, not nan"),
+        ("label.num_actors=[2,1]", r"label\.num_actors must be \[least, most\], 0 < least <= most"),
         ("train.steps=many", r"train\.steps must be int, not 'many'"),
         ("train.steps=true", r"train\.steps must be int, not true"),
         ("train.zero_stage=4", r"train\.zero_stage must be one of 0, 1, 2, 3"),

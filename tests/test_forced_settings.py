@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ from glipv2.jobs.cli import main
 from glipv2.jobs.label import open_labeller
 from glipv2.jobs.label_plan import make_plan
 from glipv2.model.folders import step_url
-from glipv2.pipeline.config_loader import load_config
+from glipv2.pipeline.checkpoint import write_folder
+from glipv2.pipeline.config_loader import config_from_tree, load_config
 from glipv2.pipeline.errors import ConfigError
 from glipv2.pipeline.optim import schedule_factor
+from glipv2.pipeline.run_settings import note_settings
 from glipv2.pipeline.runlog import read_losses
 from glipv2.pipeline.shard_reader import iterate_records, open_shard_set
 
@@ -134,7 +137,7 @@ def test_a_run_goes_on_with_other_rates_and_losses_by_force_only_and_keeps_what_
     assert (run / "config.yaml").read_bytes() == before
 
     told = finish("pretrain", recipe, *other, "--force")
-    assert "losses.mlm: 0" in told and "it goes on from step 2" in told
+    assert "losses.mlm: 0" in told and "it goes on from step 2 with" in told
     assert (run / "config-until-000002.yaml").read_bytes() == before
     assert Path(step_url(str(run), 4)).exists()
     config = load_config(str(run / "config.yaml"), [])
@@ -146,3 +149,21 @@ def test_a_run_goes_on_with_other_rates_and_losses_by_force_only_and_keeps_what_
         assert logged[step]["mlm"] > 0
     assert logged[1]["lr"] > 1e-4
     finish("pretrain", recipe, *other)  # from then on these are the run's
+    resolved = (run / "config.yaml").read_bytes()
+    told = finish("pretrain", recipe, *other, "losses.mlm=2", "--force")  # but nothing is left
+    assert "all 4 steps are done already" in told and "it goes on" not in told
+    assert (run / "config.yaml").read_bytes() == resolved
+    assert not (run / "config-until-000004.yaml").exists()
+
+
+def test_forced_settings_are_noted_at_the_step_that_is_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_from_tree({"run_dir": str(tmp_path), "train": {"steps": 9}}, [])
+    note_settings(config)
+    for step in (3, 6):
+        write_folder(step_url(str(tmp_path), step), {"trainer.json": b"{}"}, step)
+    (Path(step_url(str(tmp_path), 6)) / "trainer.json").write_bytes(b"damaged")
+    changed = replace(config, train=replace(config.train, learning_rate=1e-5))
+    note_settings(changed, force=True)
+    assert [path.name for path in tmp_path.glob("config-until-*")] == ["config-until-000003.yaml"]

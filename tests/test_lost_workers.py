@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -159,3 +160,43 @@ def test_a_machine_that_is_taken_away_is_no_kill_by_the_item(
             list(done)
     taker.join()
     assert kills == []
+
+
+RAYLET_DIES = """
+import os, signal, sys, time
+sys.path[:0] = sys.argv[3:]
+from commands import command_line, descendants
+from glipv2.pipeline.errors import MachinesLostError
+from glipv2.pipeline.ray_map import map_on_ray
+
+def make(when=sys.argv[1], folder=sys.argv[2]):
+    open(f"{folder}/starts", "w").close()
+    if when == "starts":
+        time.sleep(20)
+    return lambda item: (open(f"{folder}/works", "w").close(), time.sleep(20))
+
+def kill():
+    while not os.path.exists(f"{sys.argv[2]}/{sys.argv[1]}"):
+        time.sleep(0.02)
+    [raylet] = [p for p in descendants(os.getpid()) if "raylet/raylet" in command_line(p)]
+    os.kill(raylet, signal.SIGKILL)
+
+import threading
+threading.Thread(target=kill).start()
+try:
+    list(map_on_ray(make, [1, 2], num_actors=1))
+except MachinesLostError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["starts", "works"])
+def test_without_rays_daemon_on_this_machine_nothing_is_waited_for(
+    tmp_path: Path, when: str
+) -> None:
+    """In a process of its own: Ray ends some in which its daemon is missed."""
+    script = [sys.executable, "-c", RAYLET_DIES, when, str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 1
+    assert "Ray's daemon on this machine has died (killed, or out of memory?). Run" in done.stderr

@@ -266,6 +266,24 @@ def test_a_commit_whose_attempt_was_swept_away_is_made_again(folder, monkeypatch
     assert shards.write_shard(folder, "shard-000000", records(3)) == whole
 
 
+def test_a_file_of_another_size_than_was_committed_is_not_taken_for_the_shard(folder):
+    undisturbed = storage.join(folder, "undisturbed")
+    whole = shards.write_shard(undisturbed, "shard-000000", records(3))
+    url = shards.shard_url(folder, "shard-000000")
+    content = storage.read_bytes(shards.shard_url(undisturbed, "shard-000000"))
+    storage.write_bytes(url, b"of an earlier making")
+    assert shards.write_shard(folder, "shard-000000", records(3)) == whole
+    assert storage.read_bytes(url) == content
+    storage.write_bytes(url, content[:-100])
+    assert shards.committed_shard(folder, "shard-000000") is None
+    assert shards.write_shard(folder, "shard-000000", records(3)) == whole
+    assert storage.read_bytes(url) == content
+    shards.write_manifest(folder, [whole], (), {})
+    storage.write_bytes(url, content[:-100])
+    with pytest.raises(DataError, match="the shard and its attempt are gone or damaged; delete"):
+        shards.committed_shard(folder, "shard-000000")
+
+
 @pytest.mark.parametrize("act", ["file_crc32c", "create_once"])
 @pytest.mark.parametrize("rival", [False, True])
 def test_a_writer_that_sleeps_while_its_attempt_is_swept_away_makes_another(

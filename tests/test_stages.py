@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parent))
+from commands import start, wait_for
+
 from glipv2.jobs import doctor, stages
 from glipv2.jobs.cli import main
 from glipv2.jobs.stages import stage, stage_seconds
@@ -114,6 +117,28 @@ def test_other_failures_of_the_system_are_not_taken_for_a_full_disk(
     monkeypatch.setattr(doctor, "run", lambda arguments: Path("/proc/self/mem").read_bytes())
     with pytest.raises(OSError, match="Input/output error"):
         main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "ending"),
+    [(signal.SIGTERM, 143, "told to stop"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_command_that_is_stopped_says_that_it_can_go_on(
+    tmp_path: Path, number: int, code: int, ending: str
+) -> None:
+    command = ["prepare", "toy", "--set", "toy_val", "--count", "50000", "--workers", "0"]
+    process = start(*command, "--out", tmp_path / "set")
+    wait_for(process, (tmp_path / "set").exists)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"{ending}; the same command goes on from here" in told and "Traceback" not in told
+
+
+def test_nothing_of_it_stays_with_who_calls_a_command() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["doctor"]) in (0, 1)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,10 @@ def _build(cls: type, tree: Any, base: Any, path: str) -> Any:
             values[field.name] = old
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{path}{field.name} is missing")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:  # of the model's sections, which know no other
+        raise ConfigError(str(error)) from error
 
 
 def _model_parts(base: Any, tree: dict[str, Any], path: str) -> tuple[Any, dict[str, Any]]:

@@ -47,6 +47,7 @@ def test_a_mistake_in_any_phase_is_refused_by_its_full_name(tmp_path: Path) -> N
         ("data.flip=2", r"data\.flip must be between 0 and 1"),
         ("data.mixture.gold=-1", r"data\.mixture\.gold must be positive"),
         ("model.preset=huge", r"model\.preset"),
+        ("model.levels=9", r"model\.levels must be 3, 4 or 5, not 9"),
         ("train", r"must look like section\.key=value"),
     ],
 )

@@ -142,9 +142,12 @@ missing, unexpected or of another shape is an error that lists it.""",
 }
 CAN_BE_RUN_AGAIN = 3
 PREEMPTED = 75
+INTERRUPTED, TOLD_TO_STOP = 130, 143
+"""What a shell makes of SIGINT and SIGTERM."""
 READER_GONE = 141
 """What a shell makes of SIGPIPE."""
 STDOUT = 1
+_told_to_stop = threading.Event()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,17 +166,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-class _ToldToStop(KeyboardInterrupt):
-    """SIGTERM; what ctrl-C leaves in order, this does as well."""
-
-
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """SIGTERM ends a command like ctrl-C, unless the command has a better idea (training has)."""
 
+    _told_to_stop.clear()
+
     def stop(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the second one does not wait
-        raise _ToldToStop
+        _told_to_stop.set()  # Ray makes another of what is raised
+        raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -290,11 +292,11 @@ def _guarded(parsed: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return DISK_FULL
-    except KeyboardInterrupt as error:
-        told = isinstance(error, _ToldToStop)
+    except KeyboardInterrupt:
+        told = _told_to_stop.is_set()
         said = "told to stop" if told else "interrupted"
         print(f"{said}; the same command goes on from here", file=sys.stderr)  # noqa: T201
-        return 143 if told else 130
+        return TOLD_TO_STOP if told else INTERRUPTED
 
 
 if __name__ == "__main__":

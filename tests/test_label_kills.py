@@ -340,3 +340,19 @@ def test_two_drivers_on_one_set_end_with_one_of_each_shard(
         assert driver.returncode == 0, out + err
     finish("label", recipe(folder, "first", out="both"), "--gc")
     assert content(folder / "both") == undisturbed
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_told_to_stop_says_so_and_goes_on(
+    folder: Path, undisturbed: dict[str, bytes]
+) -> None:
+    command, out = recipe(folder, "told"), folder / "told"
+    process = start("label", command)
+    wait_for(process, lambda: commits(out) > 0)
+    process.terminate()
+    _, told = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 143, told
+    assert "told to stop; the same command goes on from here" in told
+    finish("label", command)
+    finish("label", command, "--gc")
+    assert content(out) == undisturbed

@@ -1,10 +1,15 @@
 """What tests of `glipv2 label` share: pairs, a teacher, and a recipe that labels them."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 from untrained_teacher import save_teacher
+
+sys.path.insert(0, str(Path(__file__).parent))
+from in_process import without_ray
 
 from glipv2.jobs.prepare import prepare_set
 from glipv2.pipeline.config import PrepareConfig, RunConfig
@@ -36,10 +41,27 @@ def write_recipe(folder: Path, own: Path) -> Path:
     return path
 
 
-def configured(folder: Path, own: Path) -> Callable[..., RunConfig]:
-    """What gives that recipe with overrides."""
+@pytest.fixture(autouse=True)
+def in_this_process() -> Iterator[None]:
+    """Asks for no `monkeypatch`, so that a test's own changes are taken back before this one's."""
+    with without_ray(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs and a teacher."""
+    folder = tmp_path_factory.mktemp("plan")
+    write_pairs_and_teacher(folder)
+    return folder
+
+
+@pytest.fixture
+def config(folder: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """Of a labelling of the pairs into OUT of the test's own folder, with overrides."""
 
     def make(*overrides: str) -> RunConfig:
-        return load_config(str(write_recipe(folder, own)), list(overrides))
+        return load_config(str(write_recipe(folder, tmp_path)), list(overrides))
 
     return make

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from in_process import without_ray
-from label_recipe import PAIRS, SHARDS, configured, write_pairs_and_teacher
+import label_recipe
+from label_recipe import PAIRS, SHARDS
 from page_parser import shown
 
 from glipv2.data_prep.labelling import InHand
@@ -23,29 +23,11 @@ from glipv2.pipeline.images import decode_image
 from glipv2.pipeline.shard_format import ShardInfo
 from glipv2.pipeline.shard_reader import iterate_records, open_shard_set
 
-
-@pytest.fixture(autouse=True)
-def in_this_process():
-    """Asks for no `monkeypatch`, so that a test's own changes are taken back before this one's."""
-    with without_ray():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def without_gpu(in_this_process, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plan")
-    write_pairs_and_teacher(folder)
-    return folder
-
-
-@pytest.fixture
-def config(folder, tmp_path):
-    return configured(folder, tmp_path)
+in_this_process, folder, config = (
+    label_recipe.in_this_process,
+    label_recipe.folder,
+    label_recipe.config,
+)
 
 
 def best_score(folder):
